@@ -1,0 +1,5 @@
+"""Find and build smaller models by structured pruning."""
+
+from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
+
+__all__ = ["Cost", "Frozen", "Group", "Member", "Plan", "PrunefrontError", "Space", "discover"]

@@ -1,0 +1,43 @@
+"""What each ATen operator does with the labels of its arguments.
+
+A rule takes a :class:`~prunefront.spaces.trace.Call`, unifies or freezes what the operator aligns or fixes, and
+returns the label of every output tensor. An operator without a rule freezes all that it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..labels import fixed
+from ..trace import Call, Label
+from . import contraction, normalisation, shape, spatial
+from .pointwise import POINTWISE_NAMES, pointwise
+
+Rule = Callable[[Call], list[Label]]
+
+RULES: dict[str, Rule] = {**contraction.RULES, **normalisation.RULES, **shape.RULES, **spatial.RULES}
+
+
+def apply_rule(func: Any, call: Call) -> list[Label]:
+    """The labels of the outputs of ``func``."""
+    name = call.name
+    if name not in RULES and name.endswith("_"):
+        name = name[:-1]
+    if name in RULES:
+        return RULES[name](call)
+    if torch.Tag.pointwise in func.tags or name in POINTWISE_NAMES:
+        return pointwise(call)
+    return unknown(call)
+
+
+def unknown(call: Call) -> list[Label]:
+    tensors = call.tensors()
+    if tensors:
+        call.recorder.trace.unknown_operators.add(call.name)
+    for tensor in tensors:
+        for dimension in call.recorder.label(tensor):
+            call.freeze(dimension, "no rule for this operator")
+    return [[fixed(length, f"made by {call.why}") for length in tensor.shape] for tensor in call.outputs]

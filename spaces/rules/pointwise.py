@@ -1,0 +1,39 @@
+"""Operators that work element by element, with broadcasting."""
+
+from __future__ import annotations
+
+import torch
+
+from ..labels import Dimension, fixed, size
+from ..trace import Call, Label
+
+#: Pointwise operators that torch does not tag as such.
+POINTWISE_NAMES = {
+    *("hardswish", "clone", "copy", "_to_copy", "detach", "alias", "lift_fresh", "fill", "zero", "native_dropout"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "_prelu_kernel"),
+    *("contiguous", "expand_as", "masked_fill", "relu6"),
+}
+
+
+def pointwise(call: Call) -> list[Label]:
+    """Align all tensor arguments from the right; a dimension of size 1 takes no part."""
+    labels = [call.recorder.label(tensor) for tensor in call.tensors()]
+    if not labels:
+        return [[fixed(length) for length in tensor.shape] for tensor in call.outputs]
+    return [_broadcast(call, labels, tensor) for tensor in call.outputs]
+
+
+def _broadcast(call: Call, labels: list[Label], output: torch.Tensor) -> Label:
+    result: Label = []
+    for position in range(1, output.dim() + 1):
+        length = output.shape[-position]
+        aligned: Dimension | None = None
+        for label in labels:
+            if len(label) < position or size(label[-position]) != length:
+                continue
+            if aligned is None:
+                aligned = label[-position]
+            else:
+                call.unify(aligned, label[-position])
+        result.append(fixed(length) if aligned is None else aligned)
+    return result[::-1]

@@ -1,0 +1,204 @@
+"""Views, permutations, slices and concatenations: the operators that only move elements."""
+
+from __future__ import annotations
+
+from ..labels import Dimension, concatenate, fixed, fresh, is_frozen, multiply, size, unify
+from ..trace import Call, Label
+
+
+def view(call: Call) -> list[Label]:
+    """Align blocks of dimensions with equal products; a block of several output dimensions splits factors."""
+    source = call.label("self")
+    before, after = [size(d) for d in source], list(call.outputs[0].shape)
+    output: Label = []
+    for block, lengths in _blocks(before, after):
+        dimensions = [source[position] for position in block]
+        output.extend(_reshape(call, dimensions, lengths))
+    return [output]
+
+
+def _blocks(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of (input positions, output lengths) with equal products, as short as possible."""
+    blocks, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        positions, lengths, left, right = [], [], 1, 1
+        if i < len(before):
+            positions, left, i = [i], before[i], i + 1
+        if j < len(after) and (not positions or after[j] != 1 or left == 1):
+            lengths, right, j = [after[j]], after[j], j + 1
+        while left != right:
+            if left < right:
+                positions.append(i)
+                left, i = left * before[i], i + 1
+            else:
+                lengths.append(after[j])
+                right, j = right * after[j], j + 1
+        blocks.append((positions, lengths))
+    return blocks
+
+
+def _reshape(call: Call, dimensions: Label, lengths: list[int]) -> Label:
+    if len(dimensions) == 1 and len(lengths) == 1:
+        return dimensions
+    merged = multiply(dimensions)
+    if len(lengths) == 1:
+        _follow(call, merged, lengths[0])
+        return [merged]
+    if is_frozen(merged):
+        return [fixed(length) for length in lengths]
+    parts = [fixed(1) if length == 1 else fresh(length) for length in lengths]
+    call.unify(multiply(parts), merged)
+    for part, length in zip(parts, lengths, strict=True):
+        _follow(call, part, length)
+    return parts
+
+
+def _follow(call: Call, dimension: Dimension, length: int) -> None:
+    if not is_frozen(dimension):
+        call.integer(length, dimension)
+
+
+def permute(call: Call) -> list[Label]:
+    source = call.label("self")
+    return [[source[position] for position in call["dims"]]]
+
+
+def transpose(call: Call) -> list[Label]:
+    source = list(call.label("self"))
+    if source:
+        one, other = call["dim0"], call["dim1"]
+        source[one], source[other] = source[other], source[one]
+    return [source]
+
+
+def t(call: Call) -> list[Label]:
+    return [call.label("self")[::-1]]
+
+
+def unsqueeze(call: Call) -> list[Label]:
+    source = list(call.label("self"))
+    source.insert(call["dim"] % (len(source) + 1), fixed(1))
+    return [source]
+
+
+def squeeze(call: Call) -> list[Label]:
+    source, dims = call.label("self"), call.arguments.get("dim")
+    dims = range(len(source)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % len(source) for d in dims if size(source[d]) == 1}
+    return [[dimension for position, dimension in enumerate(source) if position not in gone]]
+
+
+def expand(call: Call) -> list[Label]:
+    """A dimension of size 1 that is repeated becomes a new factor."""
+    source, lengths = call.label("self"), list(call.outputs[0].shape)
+    padded = [fixed(1)] * (len(lengths) - len(source)) + list(source)
+    return [[d if size(d) == n else fresh(n) for d, n in zip(padded, lengths, strict=True)]]
+
+
+def repeat(call: Call) -> list[Label]:
+    source, repeats = call.label("self"), call["repeats"]
+    padded = [fixed(1)] * (len(repeats) - len(source)) + list(source)
+    why = f"repeated ({call.why})"
+    return [[d if n == 1 else multiply([fixed(n, why), d]) for d, n in zip(padded, repeats, strict=True)]]
+
+
+def cat(call: Call) -> list[Label]:
+    labels = [call.recorder.label(tensor) for tensor in call["tensors"] if tensor.numel()]
+    dim = call["dim"] % len(labels[0])
+    output = list(labels[0])
+    for label in labels[1:]:
+        for position, dimension in enumerate(label):
+            if position != dim:
+                call.unify(output[position], dimension)
+    output[dim] = concatenate([label[dim] for label in labels])
+    return [output]
+
+
+def stack(call: Call) -> list[Label]:
+    labels = [call.recorder.label(tensor) for tensor in call["tensors"]]
+    output = list(labels[0])
+    for label in labels[1:]:
+        for dimension, other in zip(output, label, strict=True):
+            call.unify(dimension, other)
+    output.insert(call["dim"] % (len(output) + 1), fixed(len(labels)))
+    return [output]
+
+
+def select(call: Call) -> list[Label]:
+    source = list(call.label("self"))
+    dim = call["dim"] % len(source)
+    call.freeze(source.pop(dim), "one element of it is selected")
+    return [source for _ in call.outputs]
+
+
+def split(call: Call) -> list[Label]:
+    """Equal parts share their units (a frozen selector times them); unequal ones are the terms of a sum."""
+    source = call.label("self")
+    dim = call["dim"] % len(source)
+    lengths = [tensor.shape[dim] for tensor in call.outputs]
+    if is_frozen(source[dim]):
+        parts = [fixed(length) for length in lengths]
+    elif len(set(lengths)) == 1:
+        part = fresh(lengths[0])
+        call.unify(source[dim], multiply([fixed(len(lengths), f"split in equal parts ({call.why})"), part]))
+        parts = [part] * len(lengths)
+    else:
+        parts = [fresh(length) for length in lengths]
+        call.unify(source[dim], concatenate(parts))
+    for part, length in zip(parts, lengths, strict=True):
+        _follow(call, part, length)
+    return [[*source[:dim], part, *source[dim + 1 :]] for part in parts]
+
+
+def slice_(call: Call) -> list[Label]:
+    """A slice cuts the dimension into a sum; a step or a fixed dimension stays fixed."""
+    source = list(call.label("self"))
+    dim = call["dim"] % len(source)
+    length = size(source[dim])
+    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(length)
+    if (start, stop, step) == (0, length, 1):
+        return [source]
+    if step != 1 or stop <= start:
+        call.freeze(source[dim], "sliced with a step")
+    if is_frozen(source[dim]):
+        source[dim] = fixed(call.outputs[0].shape[dim])
+        return [source]
+    parts = [fresh(n) for n in (start, stop - start, length - stop)]
+    unify(source[dim], concatenate([part for part in parts if size(part)]), call.why)
+    for bound, dimensions in ((start, parts[:1]), (stop, parts[:2])):
+        if 0 < bound < length:
+            call.integer(bound, concatenate([part for part in dimensions if size(part)]))
+    source[dim] = parts[1]
+    return [source]
+
+
+def gather(call: Call) -> list[Label]:
+    """Rows are looked up: the looked-up dimension is fixed, the others pass."""
+    weight, indices = call.label("weight"), call.label("indices")
+    call.freeze(weight[0], "rows are looked up")
+    call.hint(weight[1], "producer")
+    return [[*indices, weight[1]]]
+
+
+def created(call: Call) -> list[Label]:
+    return [[fixed(n, f"made by {call.why}") for n in tensor.shape] for tensor in call.outputs]
+
+
+RULES = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
+    "permute": permute,
+    "transpose": transpose,
+    "t": t,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "expand": expand,
+    "repeat": repeat,
+    "cat": cat,
+    "stack": stack,
+    **dict.fromkeys(("select", "unbind"), select),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
+    "slice": slice_,
+    "embedding": gather,
+    **dict.fromkeys(("empty", "zeros", "ones", "full", "arange", "randn", "rand", "new_zeros", "new_ones"), created),
+    **dict.fromkeys(("new_full", "new_empty", "scalar_tensor", "linspace", "empty_strided"), created),
+}
