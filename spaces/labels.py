@@ -110,15 +110,18 @@ def unify(left: Dimension, right: Dimension, why: str) -> None:
             freeze(left, reason)
             freeze(right, reason)
             return
-        if not _refine(left, right, why):
+        step = _refine(left, right, why)
+        if step is None:
+            return
+        if not step:
             reason = f"cannot be aligned in {why}"
             freeze(left, reason)
             freeze(right, reason)
             return
 
 
-def _refine(left: Dimension, right: Dimension, why: str) -> bool:
-    """Take one step towards equality; False when there is none."""
+def _refine(left: Dimension, right: Dimension, why: str) -> bool | None:
+    """Take one step towards equality. True: look again; None: they are equal now; False: they cannot be."""
     if len(left) == 1 and len(right) == 1:
         return _refine_products(left[0], right[0], why)
     for single, other in ((left, right), (right, left)):
@@ -141,20 +144,28 @@ def _passed_on(frozen: Factor, why: str) -> str:
     return frozen.frozen
 
 
-def _refine_products(left: Term, right: Term, why: str) -> bool:
+def _refine_products(left: Term, right: Term, why: str) -> bool | None:
     """Align two products from the left."""
-    for one, other in zip(left, right, strict=False):
+    for position, (one, other) in enumerate(zip(left, right, strict=False)):
         if one is other or (one.frozen and other.frozen and one.size == other.size):
             continue
         if one.size == other.size:
             _merge(one, other, why)
             return True
-        larger, smaller = (one, other) if one.size > other.size else (other, one)
-        if larger.size % smaller.size:
+        if one.size < other.size:
+            one, other, left, right = other, one, right, left
+        if one.size % other.size:
             return False
-        _split_product(larger, smaller.size)
-        return True
-    return False
+        if not one.frozen:
+            _split_product(one, other.size)
+            return True
+        # A frozen factor has no parts to define: take the smaller one out of it and go on with the remainder.
+        if not other.frozen:
+            other.frozen = _passed_on(one, why)
+        remainder = Factor(one.size // other.size, one.frozen)
+        unify(((remainder, *left[position + 1 :]),), (right[position + 1 :],), why)
+        return None
+    return None
 
 
 def _merge(one: Factor, other: Factor, why: str) -> None:
@@ -169,27 +180,31 @@ def _split_product(factor: Factor, outer: int) -> None:
     factor.definition = ((Factor(outer, factor.frozen), Factor(factor.size // outer, factor.frozen)),)
 
 
-def _refine_sums(left: Dimension, right: Dimension, why: str) -> bool:
+def _refine_sums(left: Dimension, right: Dimension, why: str) -> bool | None:
     """Align two sums at their boundaries: unify the first terms of equal size, or split the larger one."""
-    for one, other in zip(left, right, strict=False):
-        if term_size(one) == term_size(other):
-            if (one,) != (other,) and not (is_frozen((one,)) and is_frozen((other,))):
-                unify((one,), (other,), why)
-                return True
-            continue
-        larger, boundary = (one, term_size(other)) if term_size(one) > term_size(other) else (other, term_size(one))
-        return _split_term(larger, boundary)
-    return False
+    ones, others = list(left), list(right)
+    while ones and others:
+        if term_size(ones[0]) < term_size(others[0]):
+            ones, others = others, ones
+        if term_size(ones[0]) > term_size(others[0]):
+            parts = _split_term(ones[0], term_size(others[0]))
+            if parts is None:
+                return False
+            ones[:1] = parts
+        unify((ones.pop(0),), (others.pop(0),), why)
+    return None
 
 
-def _split_term(term: Term, boundary: int) -> bool:
-    """Cut a term in two at ``boundary`` by defining its outermost factor as a sum; False if it falls inside one."""
+def _split_term(term: Term, boundary: int) -> list[Term] | None:
+    """Cut a term in two at ``boundary`` by defining its outermost factor as a sum; None if it falls inside one."""
     outer, inner = term[0], term_size(term[1:])
     if boundary % inner:
-        return False
-    first = boundary // inner
-    outer.definition = ((Factor(first, outer.frozen),), (Factor(outer.size - first, outer.frozen),))
-    return True
+        return None
+    first = Factor(boundary // inner, outer.frozen)
+    second = Factor(outer.size - first.size, outer.frozen)
+    if not outer.frozen:
+        outer.definition = ((first,), (second,))
+    return [(first, *term[1:]), (second, *term[1:])]
 
 
 def _resolve_term(term: Term) -> list[Term]:

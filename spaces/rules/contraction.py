@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..labels import Dimension, fixed, fresh, multiply, size
+from ..labels import STRUCTURAL, Dimension, fixed, freeze, fresh, multiply, size
 from ..trace import Call, IntegerSite, Label
 
 
@@ -25,6 +25,8 @@ def convolution(call: Call) -> list[Label]:
     spatial = [fixed(length) for length in call.outputs[0].shape[2:]]
     output = [source[0], produced, *spatial]
     walked = source if transposed else output
+    for dimension in weight[2:]:
+        freeze(dimension, STRUCTURAL)
     kernel = math.prod(size(dimension) for dimension in weight[2:])
     call.work(kernel, *walked, weight[1])
     call.hint(produced, "producer")
