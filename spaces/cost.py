@@ -100,7 +100,8 @@ def _width(layout: Layout) -> Polynomial:
 def _product(constant: int, layouts: Iterable[Layout]) -> Polynomial:
     result: Polynomial = {(): constant}
     for layout in layouts:
-        width, product = _width(layout), defaultdict(int)
+        width = _width(layout)
+        product: Polynomial = defaultdict(int)
         for left, a in result.items():
             for right, b in width.items():
                 product[tuple(sorted(left + right))] += a * b

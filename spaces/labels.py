@@ -214,7 +214,7 @@ def _resolve_term(term: Term) -> list[Term]:
         if root.definition is not None:
             product = _times(product, list(resolve(root.definition)))
         elif root.size != 1:
-            product = [left + (root,) for left in product]
+            product = [(*left, root) for left in product]
     return product
 
 
@@ -249,7 +249,7 @@ def _merge_frozen_terms(terms: list[Term]) -> Dimension:
         if merged and _is_lone_frozen(term) and _is_lone_frozen(merged[-1]):
             before, after = merged[-1], term
             total = term_size(before) + term_size(after)
-            merged[-1] = (_join(*(_first(t) for t in (before, after)), total),)
+            merged[-1] = (_join(_first(before), _first(after), total),)
         else:
             merged.append(term)
     return tuple(merged)

@@ -51,7 +51,9 @@ def channel_shuffle(call: Call) -> list[Label]:
 
 
 _POOLS = [f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg", "max", "_adaptive_avg") for n in (1, 2, 3)]
-_WITH_INDICES = [f"{kind}{n}d{end}" for n in (2, 3) for kind, end in (("max_pool", "_with_indices"), ("adaptive_max_pool", ""))]
+_WITH_INDICES = [
+    f"{kind}{n}d{end}" for n in (2, 3) for kind, end in (("max_pool", "_with_indices"), ("adaptive_max_pool", ""))
+]
 _UPSAMPLES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")]
 _UPSAMPLES += ["_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 _PADS = [f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)]
