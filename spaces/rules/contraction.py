@@ -9,7 +9,7 @@ from ..trace import Call, IntegerSite, Label
 
 
 def convolution(call: Call) -> list[Label]:
-    """``input (batch, in, *spatial)``, ``weight (out, in / groups, *kernel)``; transposed: ``(in, out / groups, ...)``."""
+    """``input (batch, in, ...)``, ``weight (out, in / groups, ...)``; transposed: ``(in, out / groups, ...)``."""
     source, weight, groups = call.label("input"), call.label("weight"), call["groups"]
     transposed = call["transposed"]
     if transposed:
