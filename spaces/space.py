@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from .cost import Cost, CostModel
@@ -75,16 +76,35 @@ class Space:
 
     def round_width(self, group: Group, width: float) -> int:
         """The nearest allowed width: a multiple of ``round_to`` (or the full size only when ``width`` reaches it)."""
-        if width >= group.size:
-            return group.size
-        step = min(self.round_to, group.size)
-        rounded = max(step, round(width / step) * step)
-        if rounded >= group.size:
-            rounded = (group.size - 1) // step * step
-        return int(rounded) or group.size
+        position = self._position[group.name]
+        widths = np.array([float(g.size) for g in self.groups])
+        widths[position] = width
+        return int(self.round_widths(widths)[position])
 
     def cost(self, plan: Plan) -> Cost:
         return self._cost(np.array([len(units) for units in self._units(plan)]))
+
+    def cost_batch(self, widths: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Costs of many plans at once: ``widths (plans, groups)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
+        return self._cost.batch(widths)
+
+    def smallest_widths(self) -> NDArray[np.int64]:
+        """The smallest allowed width of every group, shape ``(groups,)``."""
+        return self.round_widths(np.zeros(len(self.groups)))
+
+    def next_widths(self, widths: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The next larger allowed width of every group; the same where it is whole already."""
+        sizes = np.array([group.size for group in self.groups])
+        return np.minimum((widths // self.round_to + 1) * self.round_to, sizes)
+
+    def round_widths(self, widths: NDArray[np.float64]) -> NDArray[np.int64]:
+        """:meth:`round_width` of arrays ``(..., groups)``."""
+        sizes = np.array([group.size for group in self.groups])
+        step = np.minimum(self.round_to, sizes)
+        rounded = np.maximum(step, np.round(widths / step) * step)
+        below = np.maximum((sizes - 1) // step * step, 0)
+        rounded = np.where(rounded >= sizes, np.where(below > 0, below, sizes), rounded)
+        return np.where(widths >= sizes, sizes, rounded).astype(np.int64)
 
     @property
     def dense_cost(self) -> Cost:

@@ -1,0 +1,75 @@
+"""Budgets: upper limits on costs, absolute with a unit or relative to the dense model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..spaces import Cost, Space
+from ..spaces.errors import BudgetError
+
+#: Budget key -> column of ``CostModel.batch`` and how much of that cost one unit of the key is.
+KEYS = {"macs": (0, 1.0), "flops": (0, 0.5), "params": (1, 1.0), "memory": (2, 1.0), "size": (3, 1.0)}
+_COUNTS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper limits in the order macs, params, memory_bytes, size_bytes; infinite where nothing is limited."""
+
+    values: tuple[float, float, float, float]
+
+    def excess(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Largest share by which each row of ``costs`` (plans, 4) is above its limits; feasible when <= 0."""
+        shares: NDArray[np.float64] = (costs / np.array(self.values) - 1).max(axis=1)
+        return shares
+
+
+def parse_budget(budget: Mapping[str, str | float], dense: Cost) -> Limits:
+    """Read ``{"macs": "50%", "params": "200k", "size": "1MB"}``.
+
+    Raises:
+        BudgetError: no budget, an unknown key or unit, or a limit that is not positive.
+    """
+    if not budget:
+        raise BudgetError(f"the budget is empty; give at least one of {', '.join(KEYS)}, such as macs=50%")
+    totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes)
+    limits = [math.inf] * len(totals)
+    for key, text in budget.items():
+        if key not in KEYS:
+            raise BudgetError(f"unknown budget {key!r}; expected one of {', '.join(KEYS)}")
+        column, scale = KEYS[key]
+        limits[column] = min(limits[column], _limit(key, text, totals[column], scale))
+    return Limits((limits[0], limits[1], limits[2], limits[3]))
+
+
+def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
+    units = _BYTES if key in ("memory", "size") else _COUNTS
+    match = None if isinstance(text, bool) else _NUMBER.fullmatch(str(text))
+    if match is None or (match[2] != "%" and match[2] not in units):
+        expected = ", ".join(unit for unit in units if unit)
+        raise BudgetError(f"cannot read budget {key}={text!r}; expected a number, alone or with {expected} or %")
+    number = float(match[1])
+    limit = number / 100 * dense if match[2] == "%" else number * units[match[2]] * scale
+    if limit <= 0:
+        raise BudgetError(f"budget {key}={text!r} must be positive")
+    return limit
+
+
+def check_reachable(space: Space, limits: Limits) -> None:
+    """Raises BudgetError, naming the smallest reachable cost, when no plan of ``space`` holds ``limits``."""
+    smallest = space.cost_batch(space.smallest_widths()[None])[0]
+    for key in ("macs", "params", "memory", "size"):
+        column = KEYS[key][0]
+        if smallest[column] > limits.values[column]:
+            raise BudgetError(
+                f"budget {key}<={limits.values[column]:,.0f}: the smallest candidate in this space has "
+                f"{smallest[column]:,.0f}; raise the limit or lower round_to"
+            )
