@@ -1,0 +1,68 @@
+"""BatchNorm recalibration: the statistics of the dense model are wrong for a candidate (Li et al. 2020, EagleEye)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..spaces.errors import CalibrationError
+
+#: Fewer samples than this give statistics that are mostly noise.
+MIN_SAMPLES = 128
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers that keep running statistics."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
+
+
+def check_calibration(model: nn.Module, calibration: Iterable[Any] | None) -> None:
+    """Raises CalibrationError if ``model`` has BatchNorm and ``calibration`` has fewer than ``MIN_SAMPLES`` samples."""
+    layers = len(batch_norms(model))
+    if not layers:
+        return
+    if calibration is None:
+        raise CalibrationError(f"the model has {layers} BatchNorm layers: pass calibration=, batches of training data")
+    samples = sum(len(_first_tensor(batch)) for batch in calibration)
+    if samples < MIN_SAMPLES:
+        raise CalibrationError(
+            f"calibration gives {samples} samples, and BatchNorm statistics need at least {MIN_SAMPLES}; "
+            "pass more data, as a loader or list that can be read again for every candidate"
+        )
+
+
+def recalibrate(model: nn.Module, calibration: Iterable[Any] | None, inputs: int = 1) -> None:
+    """Replace the running statistics of every BatchNorm layer by their average over ``calibration``.
+
+    A batch is a tensor, or a tuple or list whose first ``inputs`` items are the model's arguments.
+    """
+    layers = batch_norms(model)
+    if not layers or calibration is None:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative average
+        layer.train()
+    try:
+        with torch.no_grad():
+            for batch in calibration:
+                model(*(batch[:inputs] if isinstance(batch, tuple | list) else (batch,)))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+
+
+def _first_tensor(batch: Any) -> torch.Tensor:
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, torch.Tensor):
+        raise CalibrationError(f"a calibration batch must be a tensor or start with one, not {type(batch).__name__}")
+    return first
