@@ -1,0 +1,163 @@
+"""A whole search on a small network: budget, repeats, failures, resuming, damage."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from torch import nn
+
+import prunefront
+from prunefront.spaces.errors import CalibrationError, ConfigError, SearchError, StorageError
+
+CALIBRATION = [torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+INPUTS = CALIBRATION[0][:1]
+
+
+def make_model(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, width, 3), nn.Conv2d(width, 12, 3)
+    layers = [first, nn.BatchNorm2d(width), nn.ReLU(), second, nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(12 * 16, 4)).eval()
+
+
+def fidelity(model: nn.Module) -> float:
+    with torch.no_grad():
+        return -float((model(CALIBRATION[0]) - make_model()(CALIBRATION[0])).abs().mean())
+
+
+def run(run_dir: Path, **options) -> prunefront.Result:
+    settings = {"score": fidelity, "budget": {"macs": "50%"}, "calibration": CALIBRATION, "sampler": "random"}
+    model = options.pop("model", None) or make_model()
+    return prunefront.search(model, INPUTS, run_dir=run_dir, **{**settings, "n_trials": 6, **options})
+
+
+@pytest.mark.parametrize("sampler", ["auto", "gp", "cmaes", "tpe", "random"])
+def test_every_sampler_finds_models_within_the_budget(tmp_path, sampler):
+    result = run(tmp_path, sampler=sampler, n_trials=8, test=fidelity)
+    limit = result.space.dense_cost.macs / 2
+    assert all(entry.metrics["macs"] <= limit for entry in result.front)
+    assert result.best.metrics["score"] == max(trial.value for trial in result.study.trials)
+    model = result.best.model()
+    assert fidelity(model) == pytest.approx(result.best.metrics["score"], rel=1e-4)
+    assert result.best.metrics["test"] == pytest.approx(result.best.metrics["score"], rel=1e-4)
+    assert result.space.cost(result.best.plan).params == sum(p.numel() for p in model.parameters())
+
+
+def test_plain_optuna_reads_the_trials_and_a_run_continues_without_scoring_again(tmp_path):
+    scored = []
+    run(tmp_path, score=lambda model: scored.append(1) or fidelity(model))
+    study = optuna.load_study(
+        study_name="prunefront", storage=JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
+    )
+    plans = {trial.user_attrs["plan"]["fingerprint"] for trial in study.trials}
+    assert len(study.trials) == 6 and len(scored) == len(plans)
+    assert set(study.trials[0].user_attrs["costs"]) == {"macs", "params", "memory_bytes", "size_bytes"}
+    scored.clear()
+    assert len(run(tmp_path, n_trials=6).study.trials) == 6 and not scored
+    assert len(run(tmp_path, n_trials=9).study.trials) == 9
+
+
+def test_the_same_seed_gives_the_same_plans(tmp_path):
+    first, second = (run(tmp_path / name, seed=3).study.trials for name in "ab")
+    assert [t.user_attrs["plan"] for t in first] == [t.user_attrs["plan"] for t in second]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), torch.tensor(1.0), ValueError("no luck")])
+def test_a_failing_score_fails_its_trial_and_the_search_goes_on(tmp_path, bad):
+    answers = iter([bad])
+
+    def score(model):
+        answer = next(answers, None)
+        if isinstance(answer, Exception):
+            raise answer
+        return fidelity(model) if answer is None else answer
+
+    trials = run(tmp_path, score=score).study.trials
+    assert [t.state.name for t in trials] == ["FAIL"] + ["COMPLETE"] * 5
+    assert trials[0].user_attrs["error"]
+
+
+def test_a_search_stops_with_the_reason_when_all_trials_fail(tmp_path):
+    with pytest.raises(SearchError, match="no luck"):
+        run(tmp_path, score=lambda model: [][0] if model is None else (_ for _ in ()).throw(ValueError("no luck")))
+
+
+def test_interrupting_keeps_what_was_found(tmp_path):
+    calls = []
+
+    def score(model):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return fidelity(model)
+
+    result = run(tmp_path, score=score, n_trials=50)
+    assert sum(t.state.name == "COMPLETE" for t in result.study.trials) >= 3
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    run(tmp_path)
+    other = make_model()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1
+    for model in (make_model(width=6), other):
+        with pytest.raises(SearchError, match="another model"):
+            run(tmp_path, model=model)
+
+
+def test_a_torn_journal_tail_is_cut_and_kept_beside_it(tmp_path):
+    run(tmp_path)
+    journal = tmp_path / "study.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 5, "worker')
+    assert len(run(tmp_path, n_trials=8).study.trials) == 8
+    assert (tmp_path / "study.torn").read_bytes() == b'{"op_code": 5, "worker'
+
+
+def test_a_damaged_space_file_is_an_error(tmp_path):
+    run(tmp_path)
+    (tmp_path / "space.json").write_text("{")
+    with pytest.raises(StorageError, match="damaged"):
+        run(tmp_path)
+
+
+def test_bad_options(tmp_path):
+    with pytest.raises(CalibrationError, match="BatchNorm"):
+        run(tmp_path, calibration=None)
+    with pytest.raises(ConfigError, match="unknown sampler"):
+        run(tmp_path, sampler="annealing")
+    with pytest.raises(ConfigError, match="n_trials"):
+        run(tmp_path, n_trials=0)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_search
+print("ready", flush=True)
+test_search.run(test_search.Path({run_dir!r}), n_trials=100000)
+"""
+
+
+def test_nothing_finished_is_lost_when_the_process_is_killed(tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent), run_dir=str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    journal, deadline = tmp_path / "study.journal", time.monotonic() + 120
+    while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size > 30_000):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = journal.read_bytes().count(b'"state": 1') or journal.read_bytes().count(b'"state":1')
+    assert finished > 2
+    study = run(tmp_path, n_trials=finished).study
+    states = [t.state.name for t in study.trials]
+    assert states.count("COMPLETE") >= finished and "RUNNING" not in states
