@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 names = set(zipfile.ZipFile(sys.argv[1]).namelist())
-wanted = {f"prunefront/{path}" for path in (path for part in ("spaces", "search") for path in Path(part).rglob("*.py"))}
+wanted = {f"prunefront/{path}" for folder in ("spaces", "search") for path in Path(folder).rglob("*.py")}
 wanted |= {"prunefront/__init__.py", "prunefront/py.typed"}
 if missing := sorted(wanted - names):
     sys.exit(f"the wheel lacks {', '.join(missing)}")

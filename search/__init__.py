@@ -1,4 +1,4 @@
-"""Which plan to try: budgets, and the projection of proposals onto them."""
+"""Which plan to try next: budgets, projection onto them, scoring of candidates, the search loop."""
 
 from .budget import Limits, parse_budget
 from .engine import Entry, Result, search

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..spaces.errors import CalibrationError
+from ..spaces.trace import evaluating
 
 #: Fewer samples than this give statistics that are mostly noise.
 MIN_SAMPLES = 128
@@ -43,22 +44,18 @@ def recalibrate(model: nn.Module, calibration: Iterable[Any] | None, inputs: int
     layers = batch_norms(model)
     if not layers or calibration is None:
         return
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-        layer.train()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative average
+                layer.train()
             for batch in calibration:
                 model(*(batch[:inputs] if isinstance(batch, tuple | list) else (batch,)))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
 
 
 def _first_tensor(batch: Any) -> torch.Tensor:

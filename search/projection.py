@@ -39,18 +39,17 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
 
 def project_widths(space: Space, limits: Limits, shares: NDArray[np.float64]) -> NDArray[np.int64]:
     """Widths (groups,) of the largest feasible scale of ``shares`` (groups,), topped up group by group."""
-    sizes = np.array([group.size for group in space.groups])
     low, high = 0.0, 1 / shares.min()
     widths = space.smallest_widths()
     for _ in range(2):
         scales = np.linspace(low, high, _STEPS)
-        proposals = space.round_widths(np.minimum(scales[:, None] * shares, 1) * sizes)
+        proposals = space.round_widths(np.minimum(scales[:, None] * shares, 1) * space.sizes)
         feasible = np.flatnonzero(limits.excess(space.cost_batch(proposals)) <= 0)
         if not len(feasible):
             break
         best = feasible[-1]
         widths, low, high = proposals[best], scales[best], scales[min(best + 1, _STEPS - 1)]
-    return _top_up(space, limits, widths, shares * sizes)
+    return _top_up(space, limits, widths, shares * space.sizes)
 
 
 def _top_up(space: Space, limits: Limits, widths: NDArray[np.int64], wanted: NDArray[np.float64]) -> NDArray[np.int64]:

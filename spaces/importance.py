@@ -50,13 +50,8 @@ def _score(
     chosen = [m for m in members if m.tensor in scales] or [m for m in members if tensors[m.tensor].dim() > 1]
     total = np.zeros(group.size)
     for member in chosen or members:
-        values = (
-            function(tensors[member.tensor].double())
-            .movedim(member.dim, 0)
-            .flatten()
-            .unflatten(0, (tensors[member.tensor].shape[member.dim], -1))
-            .sum(1)
-        )
+        magnitudes = function(tensors[member.tensor].double()).movedim(member.dim, 0)
+        values = magnitudes.reshape(len(magnitudes), -1).sum(1)
         scores = _per_unit(values.cpu().numpy(), structure.tensors[member.tensor][member.dim], index, structure)
         total += scores / max(scores.mean(), 1e-30)
     return total

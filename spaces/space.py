@@ -32,6 +32,7 @@ class Space:
         self._structure = structure
         self.round_to = round_to
         self._position = {group.name: index for index, group in enumerate(structure.groups)}
+        self.sizes = np.array([group.size for group in structure.groups], dtype=np.int64)
         self._cost = CostModel(model, structure)
         scores = unit_scores(model, structure, importance, seed)
         self._order = [np.argsort(-score, kind="stable") for score in scores]
@@ -77,7 +78,7 @@ class Space:
     def round_width(self, group: Group, width: float) -> int:
         """The nearest allowed width: a multiple of ``round_to`` (or the full size only when ``width`` reaches it)."""
         position = self._position[group.name]
-        widths = np.array([float(g.size) for g in self.groups])
+        widths = self.sizes.astype(float)
         widths[position] = width
         return int(self.round_widths(widths)[position])
 
@@ -94,12 +95,11 @@ class Space:
 
     def next_widths(self, widths: NDArray[np.integer]) -> NDArray[np.int64]:
         """The next larger allowed width of every group; the same where it is whole already."""
-        sizes = np.array([group.size for group in self.groups])
-        return np.minimum((widths // self.round_to + 1) * self.round_to, sizes)
+        return np.minimum((widths // self.round_to + 1) * self.round_to, self.sizes)
 
     def round_widths(self, widths: NDArray[np.float64]) -> NDArray[np.int64]:
         """:meth:`round_width` of arrays ``(..., groups)``."""
-        sizes = np.array([group.size for group in self.groups])
+        sizes = self.sizes
         step = np.minimum(self.round_to, sizes)
         rounded = np.maximum(step, np.round(widths / step) * step)
         below = np.maximum((sizes - 1) // step * step, 0)
@@ -108,7 +108,7 @@ class Space:
 
     @property
     def dense_cost(self) -> Cost:
-        return self._cost(np.array([group.size for group in self.groups], dtype=int))
+        return self._cost(self.sizes)
 
     def apply(self, plan: Plan) -> nn.Module:
         """A really smaller model with its own parameters, ready to train."""
