@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,17 +22,25 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def check_calibration(model: nn.Module, calibration: Iterable[Any] | None) -> None:
-    """Raises CalibrationError if ``model`` has BatchNorm and ``calibration`` has fewer than ``MIN_SAMPLES`` samples."""
+    """Raises CalibrationError if ``model`` has BatchNorm and ``calibration`` does not serve every candidate.
+
+    It must be readable again and again (no generator), and give at least ``MIN_SAMPLES`` samples.
+    """
     layers = len(batch_norms(model))
     if not layers:
         return
     if calibration is None:
         raise CalibrationError(f"the model has {layers} BatchNorm layers: pass calibration=, batches of training data")
+    if isinstance(calibration, Iterator):
+        raise CalibrationError(
+            "calibration is a generator, which is empty after one reading, and every candidate reads it; "
+            "pass a DataLoader or a list of batches"
+        )
     samples = sum(len(_first_tensor(batch)) for batch in calibration)
     if samples < MIN_SAMPLES:
         raise CalibrationError(
             f"calibration gives {samples} samples, and BatchNorm statistics need at least {MIN_SAMPLES}; "
-            "pass more data, as a loader or list that can be read again for every candidate"
+            "pass more training data"
         )
 
 

@@ -28,5 +28,11 @@ def test_missing_or_small_data_is_an_error(calibration):
         check_calibration(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), calibration)
 
 
+def test_a_generator_is_refused_since_it_would_be_empty_for_the_second_candidate():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with pytest.raises(CalibrationError, match="generator"):
+        check_calibration(model, (torch.randn(64, 3) for _ in range(4)))
+
+
 def test_models_without_batch_norm_need_none():
     check_calibration(nn.Linear(3, 3), None)
