@@ -1,7 +1,7 @@
 """Find and build smaller models by structured pruning."""
 
 # The function takes the place of the folder's name here; import the folder's parts with `from`.
-from .search import Entry, Result, project, search
+from .search import Entry, Result, load, project, search
 from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Result",
     "Space",
     "discover",
+    "load",
     "project",
     "search",
 ]

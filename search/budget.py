@@ -31,14 +31,20 @@ class Limits:
         shares: NDArray[np.float64] = (costs / np.array(self.values) - 1).max(axis=1)
         return shares
 
+    def replace(self, column: int, limit: float) -> Limits:
+        """The same limits with another one in ``column``."""
+        values = list(self.values)
+        values[column] = limit
+        return Limits((values[0], values[1], values[2], values[3]))
 
-def parse_budget(budget: Mapping[str, str | float], dense: Cost) -> Limits:
+
+def parse_budget(budget: Mapping[str, str | float], dense: Cost, may_be_empty: bool = False) -> Limits:
     """Read ``{"macs": "50%", "params": "200k", "size": "1MB"}``.
 
     Raises:
         BudgetError: no budget, an unknown key or unit, or a limit that is not positive.
     """
-    if not budget:
+    if not budget and not may_be_empty:
         raise BudgetError(f"the budget is empty; give at least one of {', '.join(KEYS)}, such as macs=50%")
     totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes)
     limits = [math.inf] * len(totals)

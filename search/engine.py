@@ -7,25 +7,26 @@ import hashlib
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.trial import TrialState
 from torch import nn
 
-from ..spaces import Plan, Space, discover
+from ..spaces import Plan, discover
 from ..spaces.errors import ConfigError, SearchError, StorageError
-from .budget import Limits, check_reachable, parse_budget
-from .calibrate import check_calibration, recalibrate
+from .budget import KEYS, Limits, check_reachable, parse_budget
+from .calibrate import check_calibration
+from .candidates import Candidates, Score
 from .projection import project_widths
-from .study import make_sampler, open_study
+from .result import Result, collect
+from .study import check_owner, finished, make_sampler, open_study
 
 logger = logging.getLogger(__name__)
 
@@ -33,42 +34,24 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 5
 #: Proposals are relative keep shares in this range; only their proportions matter, since they are projected.
 SHARES = (0.1, 1.0)
+#: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
+COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
+MODES = ("budget", "front")
+#: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
+COLUMNS = ("macs", "params", "memory_bytes", "size_bytes")
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One scored plan. ``metrics``: score, macs, params, memory_bytes, size_bytes, and test where it was measured."""
-
-    plan: Plan
-    metrics: Mapping[str, float]
-    build: Callable[[], nn.Module] = field(repr=False, compare=False)
-
-    def model(self) -> nn.Module:
-        """Build the pruned model, recalibrated."""
-        return self.build()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a search found. ``front``: the non-dominated entries of score against macs, cheapest first."""
-
-    best: Entry
-    front: tuple[Entry, ...]
-    study: optuna.Study
-    space: Space
-    run_dir: Path
-    #: Seconds by part: ask, project, build, recalibrate, score, tell.
-    seconds: Mapping[str, float]
+Callback = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 
 
 def search(
     model: nn.Module,
     example_inputs: Any,
     *,
-    score: Callable[[nn.Module], float],
-    budget: Mapping[str, str | float],
+    score: Score,
+    budget: Mapping[str, str | float] | None = None,
     calibration: Iterable[Any] | None = None,
-    test: Callable[[nn.Module], float] | None = None,
+    test: Score | None = None,
+    mode: str = "budget",
     n_trials: int = 100,
     timeout_s: float | None = None,
     sampler: str = "auto",
@@ -76,146 +59,145 @@ def search(
     run_dir: str | Path | None = None,
     importance: str = "l1",
     round_to: int = 1,
+    autocast: torch.dtype | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Find the best pruned model within ``budget``.
+    """Find the best pruned models and save them in ``run_dir``.
+
+    ``mode="budget"`` maximises the score within ``budget``. ``mode="front"`` explores score against the first cost
+    that ``budget`` names (macs by default), up to the budget or, without one, up to the dense model.
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; ``test`` is called for the front only. ``calibration`` is read once a candidate:
-    batches of training data, to recalibrate BatchNorm. An existing ``run_dir`` of the same model and search is
-    continued until it has ``n_trials`` finished trials. Ctrl-C ends the search with what was found.
+    batches of training data, to recalibrate BatchNorm. ``autocast`` runs recalibration and scores in this type.
+    An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
+    Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
             first trial.
         SearchError: the run directory belongs to another model, or no trial succeeded.
+        StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
     if n_trials < 1:
         raise ConfigError(f"n_trials must be at least 1, not {n_trials}")
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     space = discover(model, example_inputs, importance=importance, round_to=round_to, seed=seed)
-    limits = parse_budget(budget, space.dense_cost)
+    limits = parse_budget(budget or {}, space.dense_cost, may_be_empty=mode == "front")
     check_reachable(space, limits)
     check_calibration(model, calibration)
-    arguments = len(example_inputs) if isinstance(example_inputs, tuple) else 1
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    objective = COLUMNS[KEYS[next(iter(budget))][0]] if budget else "macs"
     header: dict[str, Any] = {
-        "budget": {key: str(value) for key, value in budget.items()},
+        "mode": mode,
+        "objective": objective,
+        "budget": {key: str(value) for key, value in (budget or {}).items()},
         "importance": importance,
+        "round_to": round_to,
         "seed": seed,
+        "weights": weights_digest(model),
     }
-    header["weights"] = weights_digest(model)
-    chosen = make_sampler(sampler, n_trials, len(space.groups), seed)
-    study = open_study(directory, space, {**header, "round_to": round_to}, chosen)
-    run = _Run(space, limits, study, score, calibration, arguments)
     try:
-        run.trials(n_trials, timeout_s)
+        check_owner(directory, space, header)
+        study = open_study(directory, mode)
+        chosen = make_sampler(sampler, mode, n_trials, len(space.groups), seed + len(study.get_trials(deepcopy=False)))
+        study.sampler = chosen  # seeded anew: a continued search must not draw the same numbers again
+        candidates = Candidates(space, calibration, len(inputs), autocast)
+        run = _Run(candidates, limits, study, score, objective)
+        run.trials(n_trials, timeout_s, callbacks)
+        return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason)
     except OSError as error:
         raise StorageError(
             f"cannot write to {directory}: {error}. Finished trials are safe; "
             f"make room and search again with run_dir={directory}"
         ) from error
-    return run.result(directory, test)
 
 
 class _Run:
     def __init__(
-        self,
-        space: Space,
-        limits: Limits,
-        study: optuna.Study,
-        score: Callable[[nn.Module], float],
-        calibration: Iterable[Any] | None,
-        arguments: int,
+        self, candidates: Candidates, limits: Limits, study: optuna.Study, score: Score, objective: str
     ) -> None:
-        self.space, self.limits, self.study, self.score = space, limits, study, score
-        self.calibration, self.arguments = calibration, arguments
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.names = [group.name for group in space.groups]
-        self.known: dict[str, float] = {
-            t.user_attrs["plan"]["fingerprint"]: float(t.value or 0) for t in self.finished()
-        }
+        self.candidates, self.space, self.timer = candidates, candidates.space, candidates.timer
+        self.limits, self.study, self.score, self.objective = limits, study, score, objective
+        self.names = [group.name for group in self.space.groups]
+        self.known = {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(study)}
         self.reason = ""
 
-    def finished(self) -> list[optuna.trial.FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    @property
+    def for_front(self) -> bool:
+        return len(self.study.directions) > 1
 
-    def trials(self, n_trials: int, timeout_s: float | None) -> None:
+    def trials(self, n_trials: int, timeout_s: float | None, callbacks: Sequence[Callback]) -> None:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(dict.fromkeys(self.names, SHARES[1]))  # the uniform plan
-        done = sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))
+        existing = self.study.get_trials(deepcopy=False)
+        if not existing:
+            self.enqueue_uniform()
+        # A trial that ended without an error and without a value was interrupted, and does not count.
+        done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in existing)
         failures = 0
         try:
             while done < n_trials and time.monotonic() < deadline:
-                failures = 0 if self.one() else failures + 1
+                trial = self.one()
+                failures = 0 if trial.state == TrialState.COMPLETE else failures + 1
                 done += 1
+                for callback in callbacks:
+                    callback(self.study, trial)
                 if failures >= MAX_FAILURES and not self.known:
                     raise SearchError(f"the first {failures} trials all failed; the last one with {self.reason}")
         except KeyboardInterrupt:
             logger.warning("interrupted; ending with what was found")
 
-    def one(self) -> bool:
-        with self.timed("ask"):
+    def enqueue_uniform(self) -> None:
+        """Equal shares in the middle of their range; in front mode the sampler chooses the cost that they aim at."""
+        self.study.enqueue_trial(dict.fromkeys(self.names, math.sqrt(SHARES[0] * SHARES[1])))
+
+    def one(self) -> optuna.trial.FrozenTrial:
+        with self.timer.part("ask"):
             trial = self.study.ask()
-            shares = np.array([trial.suggest_float(name, *SHARES, log=True) for name in self.names])
         try:
-            value = self.evaluate(trial, shares)
-        except BaseException as error:
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            self.study.tell(trial, state=TrialState.FAIL)
-            if not isinstance(error, Exception):
-                raise
+            values = self.evaluate(trial)
+        except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
+            trial.set_user_attr("error", self.reason)
             logger.warning("trial %d failed: %s", trial.number, self.reason)
-            return False
-        with self.timed("tell"):
-            self.study.tell(trial, value)
-        return True
+            return self.study.tell(trial, state=TrialState.FAIL)
+        except BaseException:
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        with self.timer.part("tell"):
+            return self.study.tell(trial, values)
 
-    def evaluate(self, trial: optuna.Trial, shares: np.ndarray) -> float:
-        with self.timed("project"):
-            widths = project_widths(self.space, self.limits, shares)
-            plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)})
+    def evaluate(self, trial: optuna.Trial) -> list[float]:
+        with self.timer.part("ask"):
+            shares = np.array([trial.suggest_float(name, *SHARES, log=True) for name in self.names])
+            limits = self.front_limits(trial) if self.for_front else self.limits
+        with self.timer.part("project"):
+            plan, cost = self.project(shares, limits)
             trial.set_user_attr("plan", {"fingerprint": plan.fingerprint, "widths": plan.widths})
-            trial.set_user_attr("costs", asdict(self.space.cost(plan)))
+            trial.set_user_attr("costs", cost)
         if plan.fingerprint not in self.known:
-            self.known[plan.fingerprint] = self.measure(plan)
-        return self.known[plan.fingerprint]
+            candidate = self.candidates.prepare(plan)
+            self.known[plan.fingerprint] = self.candidates.score(candidate, self.score, "score")
+        value = self.known[plan.fingerprint]
+        return [value, cost[self.objective]] if self.for_front else [value]
 
-    def measure(self, plan: Plan) -> float:
-        candidate = self.prepare(plan)
-        with self.timed("score"):
-            return checked_score(self.score(candidate), "score")
+    def project(self, shares: NDArray[np.float64], limits: Limits) -> tuple[Plan, dict[str, float]]:
+        widths = project_widths(self.space, limits, shares)
+        plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)})
+        return plan, asdict(self.space.cost(plan))
 
-    def prepare(self, plan: Plan) -> nn.Module:
-        with self.timed("build"):
-            candidate = self.space.apply(plan).eval()
-        with self.timed("recalibrate"):
-            recalibrate(candidate, self.calibration, self.arguments)
-        return candidate
-
-    @contextmanager
-    def timed(self, part: str) -> Any:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - start
-
-    def result(self, directory: Path, test: Callable[[nn.Module], float] | None) -> Result:
-        trials = {t.user_attrs["plan"]["fingerprint"]: t for t in self.finished()}
-        if not trials:
-            raise SearchError(f"no trial was finished in {directory}; {self.reason or 'allow more time'}")
-        scored = [({"score": float(t.value or 0), **t.user_attrs["costs"]}, t) for t in trials.values()]
-        chosen = [(metrics, t) for metrics, t in scored if not any(_dominates(m, metrics) for m, _ in scored)]
-        chosen.sort(key=lambda pair: (pair[0]["macs"], pair[0]["score"]))
-        front = tuple(self.entry(metrics, t.user_attrs["plan"]["widths"], test) for metrics, t in chosen)
-        return Result(front[-1], front, self.study, self.space, directory, dict(self.seconds))
-
-    def entry(self, metrics: dict[str, float], widths: dict[str, int], test: Any) -> Entry:
-        plan = self.space.plan(widths)
-        if test is not None:
-            metrics = {**metrics, "test": checked_score(test(self.prepare(plan)), "test")}
-        return Entry(plan, metrics, lambda: self.prepare(plan))
+    def front_limits(self, trial: optuna.Trial) -> Limits:
+        """The limits with the objective's one drawn by the sampler, as a share of the dense cost."""
+        column = COLUMNS.index(self.objective)
+        dense = asdict(self.space.dense_cost)[self.objective]
+        smallest = self.space.cost_batch(self.space.smallest_widths()[None])[0][column] / dense
+        highest = min(1.0, self.limits.values[column] / dense)
+        lowest = min(max(SMALLEST_SHARE, smallest), highest)
+        share = trial.suggest_float(COST_SHARE, lowest, highest, log=True)
+        # The exact bound where the share is at its end: a product may fall a rounding error short of it.
+        return self.limits.replace(column, max(share * dense, smallest * dense))
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -224,16 +206,3 @@ def weights_digest(model: nn.Module) -> str:
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _dominates(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    no_worse = one["score"] >= other["score"] and one["macs"] <= other["macs"]
-    return no_worse and (one["score"] > other["score"] or one["macs"] < other["macs"])
-
-
-def checked_score(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        raise TypeError(f"{name} must return a number, not {type(value).__name__}; for a tensor use .item()")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} returned {value}")
-    return float(value)

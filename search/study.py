@@ -3,64 +3,101 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from ..spaces import Space
 from ..spaces.errors import ConfigError, SearchError, StorageError
+from .saved import read_json, write_json
+
+STUDY_NAME = "prunefront"
 
 #: Above this number of trials CMA-ES finds more in the same time than a Gaussian process.
 GP_TRIALS = 250
-SAMPLERS = ("auto", "gp", "cmaes", "tpe", "random")
+SAMPLERS = ("auto", "gp", "cmaes", "tpe", "nsga2", "random")
 
 
-def make_sampler(name: str, n_trials: int, dimensions: int, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's own sampler behind ``name``; ``auto`` is gp up to 250 trials and cmaes beyond.
+def make_sampler(name: str, mode: str, n_trials: int, dimensions: int, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's own sampler behind ``name``.
+
+    ``auto`` is gp up to 250 trials and cmaes beyond in budget mode, and univariate tpe in front mode.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or a sampler that cannot serve the mode.
     """
     if name not in SAMPLERS:
         raise ConfigError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+    if name == "auto" and mode == "front":
+        name = "tpe"
     if name == "auto":
         name = "gp" if n_trials <= GP_TRIALS or dimensions == 1 else "cmaes"
-    if name == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
-    if name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed) if name == "tpe" else optuna.samplers.RandomSampler(seed=seed)
+    if name == "cmaes" and mode == "front":
+        raise ConfigError("sampler cmaes has a single objective; with mode=front use tpe, nsga2, gp or random")
+    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+        # A generation of Optuna's default 50 would leave two generations to a search of 100 trials.
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=max(8, min(50, n_trials // 6)), seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return makers[name]()
 
 
-def open_study(
-    run_dir: Path, space: Space, header: dict[str, Any], sampler: optuna.samplers.BaseSampler
-) -> optuna.Study:
-    """Create the study of ``run_dir``, or continue it. Trials that a dead process left running are marked failed.
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials with a score."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def open_study(run_dir: Path, mode: str) -> optuna.Study:
+    """Create the study of ``run_dir``, or continue it.
+
+    Trials that a dead process left running are marked failed, and their proposals wait to be tried again.
 
     Raises:
-        SearchError: the directory belongs to another model or search.
-        StorageError: the directory cannot be written or its journal cannot be read.
+        StorageError: the journal cannot be read.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _check_owner(run_dir / "space.json", space, header)
-        journal = run_dir / "study.journal"
-        cut_torn_tail(journal)
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        study = optuna.create_study(
-            storage=storage, sampler=sampler, study_name="prunefront", direction="maximize", load_if_exists=True
-        )
-    except OSError as error:
-        raise StorageError(f"cannot write the run directory {run_dir}: {error}") from error
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    journal = run_dir / "study.journal"
+    cut_torn_tail(journal)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name=STUDY_NAME,
+        directions=["maximize"] if mode == "budget" else ["maximize", "minimize"],
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
     return study
 
 
-def _check_owner(path: Path, space: Space, header: dict[str, Any]) -> None:
+def read_study(run_dir: Path) -> optuna.Study:
+    """The study of a run, to look at.
+
+    Raises:
+        StorageError: there is none.
+    """
+    journal = run_dir / "study.journal"
+    if not journal.exists():
+        raise StorageError(f"{run_dir} is no run: it has no study.journal")
+    return optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
+
+
+def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:
+    """Write down whose run this is, or compare.
+
+    Raises:
+        SearchError: the directory belongs to another model or search.
+        StorageError: its ``space.json`` is damaged.
+    """
+    path = run_dir / "space.json"
+    run_dir.mkdir(parents=True, exist_ok=True)
     described = {
         "fingerprint": space.fingerprint,
         "search": header,
@@ -68,19 +105,17 @@ def _check_owner(path: Path, space: Space, header: dict[str, Any]) -> None:
         "frozen": [{"name": frozen.name, "reason": frozen.reason} for frozen in space.frozen],
     }
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, described)
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        owner = found["fingerprint"], found["search"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path} is damaged: {error!r}; choose another run_dir") from error
-    if owner != (space.fingerprint, header):
-        raise SearchError(
-            f"the run directory {path.parent} belongs to another model or search ({owner[1]}); choose another run_dir"
-        )
+    found = read_json(path)
+    if "fingerprint" not in found or not isinstance(found.get("search"), dict):
+        raise StorageError(f"{path} is damaged: it does not describe a search; choose another run_dir")
+    differing = [key for key, value in header.items() if found["search"].get(key) != value]
+    if found["fingerprint"] != space.fingerprint or "weights" in differing:
+        raise SearchError(f"the run directory {run_dir} belongs to another model; choose another run_dir")
+    if differing:
+        changes = ", ".join(f"{key} {found['search'].get(key)!r}, not {header[key]!r}" for key in differing)
+        raise SearchError(f"the run in {run_dir} has {changes}; choose another run_dir, or continue with the same")
 
 
 def cut_torn_tail(journal: Path) -> None:

@@ -53,10 +53,15 @@ class Prover:
         return None
 
     def _run(self, model: nn.Module) -> list[torch.Tensor]:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            output = model(*self._inputs)
-        return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return [leaf.double() for leaf in outputs_of(model, self._inputs)]
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors that ``model`` returns in evaluation mode, with the same random numbers every time."""
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model(*inputs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _halved(structure: Structure, names: list[str], half: int) -> Kept:

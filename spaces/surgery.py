@@ -30,7 +30,7 @@ def elements(layout: Layout, kept: Kept) -> NDArray[np.bool_]:
 def slice_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     """A copy of ``model`` that owns only the kept slices, with every size attribute set."""
     memo: dict[int, Any] = {}
-    for name, tensor in _tensors(model).items():
+    for name, tensor in tensors_of(model).items():
         part = tensor.detach()
         for dim, layout in enumerate(structure.tensors[name]):
             mask = elements(layout, kept)
@@ -46,7 +46,7 @@ def mask_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     """A copy of ``model`` of dense shapes in which the removed slices are zero."""
     masked = copy.deepcopy(model)
     with torch.no_grad():
-        for name, tensor in _tensors(masked).items():
+        for name, tensor in tensors_of(masked).items():
             for dim, layout in enumerate(structure.tensors[name]):
                 gone = torch.from_numpy(np.flatnonzero(~elements(layout, kept))).to(tensor.device)
                 if len(gone):
@@ -54,7 +54,8 @@ def mask_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     return masked
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer once, by its first name, persistent or not."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 

@@ -129,11 +129,72 @@ def test_a_damaged_space_file_is_an_error(tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.parametrize("sampler", ["auto", "nsga2", "gp", "random"])
+def test_front_mode_explores_the_whole_range(tmp_path, sampler):
+    result = run(tmp_path, mode="front", budget=None, sampler=sampler, n_trials=16)
+    macs = [trial.values[1] / result.space.dense_cost.macs for trial in result.study.trials]
+    assert min(macs) < 0.4 < max(macs) <= 1
+    scores = [entry.metrics["score"] for entry in result.front]
+    assert scores == sorted(scores) and len(result.front) > 2
+
+
+def test_front_mode_holds_its_budgets(tmp_path):
+    result = run(tmp_path, mode="front", budget={"params": "60%", "macs": "80%"}, n_trials=10)
+    dense = result.space.dense_cost
+    assert result.objective == "params" and result.best is result.front[-1]
+    for trial in result.study.trials:
+        assert trial.values[1] == trial.user_attrs["costs"]["params"] <= 0.6 * dense.params
+        assert trial.user_attrs["costs"]["macs"] <= 0.8 * dense.macs
+
+
+def test_a_killed_trial_is_tried_again(tmp_path):
+    study = run(tmp_path, n_trials=2).study
+    killed = study.ask()
+    wanted = {g: killed.suggest_float(g, 0.1, 1.0, log=True) for g in study.trials[0].params}
+    again = run(tmp_path, n_trials=3).study.trials
+    assert [t.state.name for t in again] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert again[3].params == wanted
+
+
+def test_a_failing_test_function_costs_no_model(tmp_path, caplog):
+    result = run(tmp_path, test=lambda model: float("nan"))
+    assert "test" not in result.best.metrics and "test returned nan" in caplog.text
+    assert prunefront.load(tmp_path)
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import test_search
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+try:
+    test_search.run(test_search.Path({run_dir!r}), n_trials=1000)
+except test_search.StorageError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
+    script = FULL.format(tests=str(Path(__file__).parent), run_dir=str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "make room and search again" in ended.stderr and "Traceback" not in ended.stderr
+    scored = (tmp_path / "study.journal").read_text().count('"state": 1')
+    again = run(tmp_path, n_trials=60).study.trials
+    assert 2 < scored <= sum(t.state.name == "COMPLETE" for t in again[: scored + 1])
+
+
 def test_bad_options(tmp_path):
     with pytest.raises(CalibrationError, match="BatchNorm"):
         run(tmp_path, calibration=None)
     with pytest.raises(ConfigError, match="unknown sampler"):
         run(tmp_path, sampler="annealing")
+    with pytest.raises(ConfigError, match="cmaes has a single objective"):
+        run(tmp_path / "front", sampler="cmaes", mode="front")
+    with pytest.raises(ConfigError, match="unknown mode"):
+        run(tmp_path, mode="pareto")
+    with pytest.raises(SearchError, match="has seed 0, not 7"):
+        run(tmp_path, seed=7)
     with pytest.raises(ConfigError, match="n_trials"):
         run(tmp_path, n_trials=0)
 

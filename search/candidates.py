@@ -1,0 +1,74 @@
+"""From a plan to a scored candidate, with the time of every part."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..spaces import Plan, Space
+from .calibrate import recalibrate
+
+Score = Callable[[nn.Module], float]
+
+
+class Timer:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+class Candidates:
+    """Builds, recalibrates and scores the candidates of one space."""
+
+    def __init__(
+        self, space: Space, calibration: Iterable[Any] | None, arguments: int, autocast: torch.dtype | None
+    ) -> None:
+        self.space, self.calibration, self.arguments, self.autocast = space, calibration, arguments, autocast
+        self.timer = Timer()
+
+    def prepare(self, plan: Plan) -> nn.Module:
+        """The candidate in evaluation mode, its BatchNorm statistics recalibrated."""
+        with self.timer.part("build"):
+            candidate = self.space.apply(plan).eval()
+        with self.timer.part("recalibrate"), precision(candidate, self.autocast):
+            recalibrate(candidate, self.calibration, self.arguments)
+        return candidate
+
+    def score(self, model: nn.Module, function: Score, name: str) -> float:
+        """Raises TypeError or ValueError unless ``function`` returns a finite number."""
+        with self.timer.part(name), precision(model, self.autocast):
+            return checked_score(function(model), name)
+
+
+def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to ``autocast`` on the device of ``model``; nothing where that is None."""
+    if autocast is None:
+        return nullcontext()
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    return torch.autocast(device, dtype=autocast)
+
+
+def checked_score(value: Any, name: str) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(f"{name} must return a number, not {type(value).__name__}; for a tensor use .item()")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} returned {value}")
+    return float(value)

@@ -1,0 +1,49 @@
+"""The Pareto front of score (higher is better) against cost (lower is better), and what is read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.float64]
+
+
+def non_dominated(scores: Values, costs: Values) -> list[int]:
+    """Positions of the points that no other point beats, cheapest first; of equal points the first one."""
+    score, cost = np.asarray(scores, dtype=float), np.asarray(costs, dtype=float)
+    order = np.lexsort((np.arange(len(score)), -score, cost))
+    best, front = -np.inf, []
+    for position in order:
+        if score[position] > best:
+            best = score[position]
+            front.append(int(position))
+    return front
+
+
+def hypervolume(scores: Values, costs: Values, reference: tuple[float, float]) -> float:
+    """The area that the points dominate up to ``reference``, a (score, cost) that is worse than all points of interest.
+
+    Zitzler and Thiele 1999, "Multiobjective evolutionary algorithms". Points beyond the reference add nothing.
+    """
+    worst_score, worst_cost = reference
+    area, level = 0.0, worst_score
+    for position in non_dominated(scores, costs):
+        if costs[position] < worst_cost and scores[position] > level:
+            area += (worst_cost - costs[position]) * (scores[position] - level)
+            level = scores[position]
+    return float(area)
+
+
+def knee(scores: Values, costs: Values) -> int:
+    """Position of the point of a front (cheapest first) farthest above the line that joins its two ends.
+
+    Both axes count from 0 to 1 over the front (Das 1999, "On characterizing the knee of the Pareto curve").
+    """
+    score, cost = np.asarray(scores, dtype=float), np.asarray(costs, dtype=float)
+    if len(score) < 3:
+        return len(score) - 1
+    gain = (score - score[0]) / (score[-1] - score[0])
+    price = (cost - cost[0]) / (cost[-1] - cost[0])
+    return int(np.argmax(gain - price))

@@ -1,0 +1,167 @@
+"""Models on disk: ``plan.json``, ``weights.safetensors`` and ``metrics.json`` in one folder; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..spaces import Plan
+from ..spaces.errors import StorageError
+from ..spaces.proof import outputs_of
+from ..spaces.rebuild import describe, rebuild, refill
+from ..spaces.surgery import tensors_of
+
+FORMAT = 1
+PLAN, WEIGHTS, METRICS, RESULT = "plan.json", "weights.safetensors", "metrics.json", "result.json"
+
+
+def save_model(
+    directory: Path, model: nn.Module, plan: Plan | None, metrics: Mapping[str, Any], example_inputs: tuple[Any, ...]
+) -> None:
+    """Write ``model`` to ``directory``, all of it or nothing; what was there before is replaced.
+
+    The model is rebuilt from its description and run on ``example_inputs``: if that does not give the same output, the
+    reason is written down and :func:`load` asks for a dense model.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
+    structure = describe(model)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "plan": None if plan is None else plan.to_json(),
+        "widths": None if plan is None else plan.widths,
+        "inputs": [_input(leaf) for leaf in tree_leaves(example_inputs)],
+        "needs_dense_model": _why_not_alone(model, structure, tensors, example_inputs),
+        "structure": structure,
+    }
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / WEIGHTS)
+        content["weights_sha256"] = hashlib.sha256((temporary / WEIGHTS).read_bytes()).hexdigest()
+        content["sha256"] = _digest(content)
+        write_json(temporary / PLAN, content)
+        write_json(temporary / METRICS, dict(metrics))
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.replace(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"cannot write {directory}: {error}") from error
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The saved model in evaluation mode; of a run's folder, the picked one.
+
+    Nothing is unpickled, and nothing outside of torch, torchvision, timm and transformers is imported: import
+    the module that defines your own class first. ``model``, the dense model (any weights), is needed only for models
+    whose structure JSON cannot express; the error says so.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the class is not available.
+    """
+    directory = resolve(Path(path))
+    content, tensors = read_saved(directory)
+    if model is not None:
+        return refill(model, content["structure"], tensors)
+    if content["needs_dense_model"]:
+        raise StorageError(
+            f"{directory} cannot be loaded alone ({content['needs_dense_model']}); pass load(path, model=dense_model)"
+        )
+    return rebuild(content["structure"], tensors)
+
+
+def read_saved(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The content of ``plan.json`` and the weights, checked. Raises StorageError."""
+    content = read_plan(directory)
+    return content, _read_weights(directory / WEIGHTS, content["weights_sha256"])
+
+
+def resolve(path: Path) -> Path:
+    """The folder of a saved model: ``path`` itself, or the picked model of the run in ``path``."""
+    if (path / PLAN).exists() or not (path / RESULT).exists():
+        return path
+    picked = read_json(path / RESULT).get("picked")
+    if not isinstance(picked, str) or Path(picked).name != picked:
+        raise StorageError(f"{path / RESULT} is damaged: it names no picked model")
+    return path / "front" / picked
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    """The content of ``plan.json``, checked against its own checksum."""
+    content = read_json(directory / PLAN)
+    found = content.get("format")
+    if found != FORMAT:
+        raise StorageError(f"{directory / PLAN} has format {found!r}, and this version of prunefront reads {FORMAT}")
+    if content.get("sha256") != _digest({key: value for key, value in content.items() if key != "sha256"}):
+        raise StorageError(f"{directory / PLAN} was changed after it was written: its checksum differs")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises StorageError if ``path`` is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist; expected a folder that a search has written") from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write at once: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise StorageError(f"{path} is truncated or was changed after it was written: its checksum differs")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def _input(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    return repr(leaf)
+
+
+def _why_not_alone(
+    model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor], inputs: tuple[Any, ...]
+) -> str:
+    """Empty if the description alone gives the same function."""
+    parts = f"without {', '.join(structure['left_out'][:3])}" if structure["left_out"] else "from its description"
+    try:
+        expected = outputs_of(model, inputs)
+        device = next((tensor.device for tensor in tensors_of(model).values()), torch.device("cpu"))
+        actual = outputs_of(rebuild(structure, {k: t.to(device) for k, t in tensors.items()}), inputs)
+    except Exception as error:  # whatever the user's forward raises when an attribute is missing
+        return f"{parts}, it fails with {type(error).__name__}: {error}"
+    same = len(expected) == len(actual) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(expected, actual, strict=True)
+    )
+    return "" if same else f"{parts}, its output differs"

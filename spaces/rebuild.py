@@ -1,0 +1,214 @@
+"""A model's structure as JSON, and a model from that JSON, without pickle and without running any ``__init__``.
+
+A file may name only classes of Python modules that are imported already or belong to :data:`TRUSTED` packages, only
+:class:`torch.nn.Module` classes, and only functions of torch: a file from a stranger does not choose what code runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import sys
+from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import StorageError
+from .surgery import tensors_of
+
+#: Packages whose modules may be imported because a file names them.
+TRUSTED = ("prunefront", "timm", "torch", "torchvision", "transformers")
+_PLAIN = (bool, int, str, type(None))
+_BASE_STATE = frozenset(vars(nn.Module()))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The structure of ``model`` as JSON: classes, attributes, children, tensor names.
+
+    ``left_out`` lists what JSON cannot express; a model that needs one of these cannot be rebuilt.
+    """
+    names = {id(tensor): name for name, tensor in tensors_of(model).items()}
+    first = {id(module): name for name, module in model.named_modules()}
+    left_out: list[str] = []
+    modules = [_describe_module(name, module, names, first, left_out) for name, module in model.named_modules()]
+    return {"modules": modules, "left_out": left_out}
+
+
+def _describe_module(
+    name: str, module: nn.Module, names: dict[int, str], first: dict[int, str], left_out: list[str]
+) -> dict[str, Any]:
+    attributes = {}
+    for key, value in vars(module).items():
+        if key in _BASE_STATE:
+            if key.endswith("hooks") and value:
+                left_out.append(f"{name}.{key}".lstrip("."))
+            continue
+        try:
+            attributes[key] = _encode(value)
+        except TypeError:
+            left_out.append(f"{name}.{key}".lstrip("."))
+    return {
+        "name": name,
+        "class": _path(type(module)),
+        "attributes": attributes,
+        "children": {k: first[id(child)] if child is not None else None for k, child in module._modules.items()},
+        "parameters": {k: names[id(p)] if p is not None else None for k, p in module._parameters.items()},
+        "buffers": {k: names[id(b)] if b is not None else None for k, b in module._buffers.items()},
+        "transient": sorted(module._non_persistent_buffers_set),
+        "trainable": [k for k, p in module._parameters.items() if p is not None and p.requires_grad],
+    }
+
+
+def rebuild(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model that :func:`describe` saw, in evaluation mode, owning ``tensors``.
+
+    Raises:
+        StorageError: a class is not available or not allowed, or the description is damaged.
+    """
+    try:
+        modules = {entry["name"]: _new_module(entry) for entry in description["modules"]}
+        parameters: dict[str, nn.Parameter] = {}
+        for entry in description["modules"]:
+            module = modules[entry["name"]]
+            for key, child in entry["children"].items():
+                module._modules[key] = None if child is None else modules[child]
+            for key, name in entry["parameters"].items():
+                module._parameters[key] = None if name is None else _parameter(name, key, entry, tensors, parameters)
+            for key, name in entry["buffers"].items():
+                module._buffers[key] = None if name is None else tensors[name]
+            module._non_persistent_buffers_set.update(entry["transient"])
+        return modules[""].eval()
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"the description of the model's structure is damaged: {error!r}") from error
+
+
+def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of the dense ``model`` that owns ``tensors`` and has the sizes of the described one.
+
+    Raises:
+        StorageError: ``model`` has other modules or tensors than the described one.
+    """
+    modules = dict(model.named_modules())
+    entries = {entry["name"]: entry for entry in description["modules"]}
+    held = tensors_of(model)
+    if differing := sorted(set(held) ^ set(tensors)) or sorted(set(modules) ^ set(entries)):
+        raise StorageError(f"the saved model and the given one differ in {', '.join(differing[:5])}")
+    memo: dict[int, Any] = {}
+    for name, tensor in held.items():
+        memo[id(tensor)] = tensors[name]
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+    filled = copy.deepcopy(model, memo).eval()
+    for name, module in filled.named_modules():
+        for key, encoded in entries[name]["attributes"].items():
+            value = _decode(encoded)
+            if _is_size(value) and _is_size(getattr(module, key, None)):
+                setattr(module, key, value)
+    return filled
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, tuple) and all(type(item) is int for item in value))
+
+
+def _new_module(entry: Mapping[str, Any]) -> nn.Module:
+    cls = _module_class(entry["class"])
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for key, value in entry["attributes"].items():
+        if key.startswith("__") or key in _BASE_STATE or callable(getattr(nn.Module, key, None)):
+            raise StorageError(f"the description sets the attribute {key!r}, which would change what code runs")
+        vars(module)[key] = _decode(value)
+    return module
+
+
+def _parameter(
+    name: str,
+    key: str,
+    entry: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    known: dict[str, nn.Parameter],
+) -> nn.Parameter:
+    if name not in known:
+        known[name] = nn.Parameter(tensors[name], requires_grad=key in entry["trainable"])
+    return known[name]
+
+
+def _encode(value: Any) -> Any:
+    """JSON for ``value``: plain values as they are, all else as a one-key object. Raises TypeError if impossible."""
+    if isinstance(value, type):
+        if not issubclass(value, nn.Module):
+            raise TypeError(f"{value} is no module class")
+        return {"class": _path(value)}
+    if type(value) in _PLAIN or (type(value) is float and math.isfinite(value)):
+        return value
+    if type(value) is float:
+        return {"float": repr(value)}
+    if isinstance(value, torch.Size) or type(value) is tuple:
+        return {"tuple": [_encode(item) for item in value]}
+    if type(value) in (list, set):
+        return {type(value).__name__: [_encode(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, FunctionType | BuiltinFunctionType) and _function(value.__name__) is value:
+        return {"function": value.__name__}
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _decode(value: Any) -> Any:
+    if type(value) in (*_PLAIN, float):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "class":
+        return _module_class(content)
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {_decode(key): _decode(item) for key, item in content}
+    if kind in ("tuple", "list", "set"):
+        return {"tuple": tuple, "list": list, "set": set}[kind](_decode(item) for item in content)
+    if kind == "dtype" and isinstance(found := getattr(torch, content), torch.dtype):
+        return found
+    if kind == "function" and (function := _function(content)) is not None:
+        return function
+    raise StorageError(f"the description holds an unknown kind of value: {kind}")
+
+
+def _function(name: str) -> Any:
+    """The activation or operator of torch with that name, or None."""
+    found = getattr(F, name, None)
+    if isinstance(found, FunctionType) and found.__module__ == F.__name__:
+        return found
+    return found if isinstance(found, BuiltinFunctionType) else None
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _module_class(path: str) -> type[nn.Module]:
+    module, _, qualname = path.partition(":")
+    if module not in sys.modules:
+        if module.partition(".")[0] not in TRUSTED or module.endswith("__main__"):
+            raise StorageError(
+                f"the saved model uses {qualname} of {module}: import {module} before loading, if you trust it"
+            )
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise StorageError(f"the saved model uses {module}, which cannot be imported: {error}") from error
+    found: Any = sys.modules[module]
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise StorageError(f"the saved model uses {path}, which is not a module class here")
+    return found

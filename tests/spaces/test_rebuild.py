@@ -1,0 +1,115 @@
+"""A model from JSON and tensors alone: the same function, and no way for a file to choose what code runs."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from prunefront.spaces.errors import StorageError
+from prunefront.spaces.rebuild import describe, rebuild, refill
+from prunefront.spaces.surgery import tensors_of
+
+
+class Odd(nn.Module):
+    """Shared modules, tied weights, a buffer that is not persistent, tuples, infinities, a lambda."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.first.weight
+        self.act = torch.nn.functional.gelu
+        self.limits = (-float("inf"), {"high": 2.5, "kinds": [nn.Linear, torch.float32]})
+        self.register_buffer("shift", torch.randn(6), persistent=False)
+        self.absent = None
+        self.register_parameter("none", None)
+        self.first.bias.requires_grad = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low, options = self.limits
+        return self.act(self.tied(self.again(self.first(x)))).clamp(low, options["high"]) + self.shift
+
+
+def copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+
+
+def roundtrip(model: nn.Module) -> nn.Module:
+    return rebuild(json.loads(json.dumps(describe(model))), copied(model))
+
+
+def test_odd_models_come_back():
+    model = Odd().eval()
+    again, x = roundtrip(model), torch.randn(3, 6)
+    assert torch.equal(again(x), model(x))
+    assert again.again is again.first and again.tied.weight is again.first.weight
+    assert not again.first.bias.requires_grad and again.first.weight.requires_grad
+    assert set(again.state_dict()) == set(model.state_dict()) and again.limits == model.limits
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "densenet121", "googlenet"])
+def test_torchvision_models_come_back(name):
+    torchvision = pytest.importorskip("torchvision")
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(weights=None, **extra).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(roundtrip(model)(x), model(x))
+
+
+def test_what_json_cannot_express_is_listed():
+    model = Odd()
+    model.act = lambda x: x
+    model.tied.register_forward_hook(lambda *_: None)
+    description = describe(model)
+    assert description["left_out"] == ["act", "tied._forward_hooks"]
+    again = refill(model, description, copied(model))
+    assert again is not model and torch.equal(again(torch.ones(1, 6)), model(torch.ones(1, 6)))
+
+
+def test_refill_wants_the_same_model():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(StorageError, match=r"differ in 0\.bias"):
+        refill(nn.Sequential(nn.Linear(3, 2, bias=False)), describe(model), copied(model))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("os:system", "not a module class"),
+        ("subprocess:Popen", "not a module class"),
+        ("this:Zen", "import this before loading"),
+        ("torch.distributed.__main__:X", "import torch"),
+        ("torch.nn.modules.nothing:X", "cannot be imported"),
+        ("torch:hub.load", "not a module class"),
+    ],
+)
+def test_a_file_cannot_choose_other_code(path, message):
+    model = nn.Sequential(nn.ReLU())
+    description = describe(model)
+    description["modules"][1]["class"] = path
+    with pytest.raises(StorageError, match=message):
+        rebuild(description, {})
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"forward": {"function": "relu"}}, {"__class__": 1}, {"x": {"function": "importlib"}}, {"x": {"pickle": "gASV"}}],
+)
+def test_attributes_cannot_change_what_runs(attributes):
+    description = describe(nn.Sequential(nn.ReLU()))
+    description["modules"][1]["attributes"] = attributes
+    with pytest.raises(StorageError):
+        rebuild(description, {})
+
+
+def test_damage_is_reported():
+    good = describe(nn.Sequential(nn.Linear(2, 2)))
+    for key in ("class", "attributes", "children", "parameters"):
+        bad = copy.deepcopy(good)
+        del bad["modules"][1][key]
+        with pytest.raises(StorageError, match="damaged"):
+            rebuild(bad, {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)})
