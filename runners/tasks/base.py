@@ -1,0 +1,39 @@
+"""What a search needs to know about a model and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its data and its score; ``task._target_`` names a function that returns one."""
+
+    #: Loads or trains the dense model.
+    make_model: Callable[[], nn.Module]
+    #: The arguments of one forward pass; costs refer to these inputs.
+    example_inputs: tuple[Any, ...]
+    #: Batches of training data, readable again and again, for BatchNorm.
+    calibration: Iterable[Any] | None
+    #: Higher is better; on data that is neither training nor test data.
+    score: Callable[[nn.Module], float]
+    #: The same on test data; called for the dense model and the front only.
+    test: Callable[[nn.Module], float] | None = None
+    #: What the two numbers are, for tables and reports.
+    score_name: str = "score"
+    #: Precision of recalibration and scores; None is that of the model.
+    autocast: torch.dtype | None = None
+    #: ``make_model`` trains: a continued run takes its dense model from the run instead.
+    trains: bool = False
+
+
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
+    """Share of right answers. ``images (n, channels, height, width)``, ``labels (n,)``."""
+    with torch.inference_mode():
+        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        return sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in batches) / len(labels)

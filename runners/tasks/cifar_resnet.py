@@ -1,0 +1,113 @@
+"""ResNets of He et al. 2015 for CIFAR-10, with trained weights from a folder that the user names."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from ...spaces.errors import ConfigError
+from .base import Task, accuracy
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEPTHS = (20, 56)
+
+
+class BasicBlock(nn.Module):
+    """A shortcut that changes shape subsamples in space and pads channels with zeros (option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """``(batch, 3, 32, 32)`` to ``(batch, 10)``; three stages of ``(depth - 2) / 6`` blocks with 16, 32, 64 channels."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16, 1) for _ in range(blocks)))
+        self.layer2 = nn.Sequential(*(BasicBlock(32 if i else 16, 32, 1 if i else 2) for i in range(blocks)))
+        self.layer3 = nn.Sequential(*(BasicBlock(64 if i else 32, 64, 1 if i else 2) for i in range(blocks)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(out.mean(dim=(2, 3)))
+
+
+def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: int = 1024, seed: int = 0) -> Task:
+    """The weights have seen all training images: candidates are scored on the even test images, the front on the odd.
+
+    ``data`` is the folder with ``cifar10_jpeg.npz`` and ``resnet<depth>_cifar10.safetensors``; by default that of the
+    environment variable ``PRUNEFRONT_DATA``, or else ``../shared/data``. Scores run in bfloat16, channels last.
+
+    Raises:
+        ConfigError: unknown depth, or a file is missing.
+    """
+    if depth not in DEPTHS:
+        raise ConfigError(f"task.depth must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
+    folder = Path(data or os.environ.get("PRUNEFRONT_DATA", "../shared/data"))
+    weights, archive = folder / f"resnet{depth}_cifar10.safetensors", folder / "cifar10_jpeg.npz"
+    for path in (weights, archive):
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist; set PRUNEFRONT_DATA or task.data to the folder with {path.name}")
+    with np.load(archive, allow_pickle=False) as arrays:
+        test_labels = torch.from_numpy(arrays["test_label"].astype(np.int64))
+        test = _decode(arrays["test_jpeg"], arrays["test_offset"], np.arange(len(test_labels)))
+        images = len(arrays["train_label"])
+        drawn = np.random.default_rng(seed).permutation(images)[:calibration_images]
+        calibration = _decode(arrays["train_jpeg"], arrays["train_offset"], drawn)
+    return Task(
+        make_model=partial(_load_model, depth, weights),
+        example_inputs=(test[:1],),
+        calibration=list(calibration.split(256)),
+        score=partial(accuracy, images=test[::2].clone(), labels=test_labels[::2]),
+        test=partial(accuracy, images=test[1::2].clone(), labels=test_labels[1::2]),
+        score_name="accuracy",
+        autocast=torch.bfloat16,
+    )
+
+
+def _load_model(depth: int, weights: Path) -> nn.Module:
+    from safetensors.torch import load_file
+
+    model = CifarResNet(depth)
+    model.load_state_dict(load_file(weights))
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def _decode(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[np.int64]) -> torch.Tensor:
+    """JPEG bytes to normalised images ``(len(chosen), 3, 32, 32)``, channels last in memory."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("task=cifar_resnet decodes JPEG: pip install 'prunefront[vision]'") from error
+
+    def pixels(index: Any) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(io.BytesIO(jpeg[offsets[index] : offsets[index + 1]].tobytes())).convert("RGB"))
+
+    images = torch.from_numpy(np.stack([pixels(index) for index in chosen])).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

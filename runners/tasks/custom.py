@@ -1,0 +1,77 @@
+"""The user's own model and functions, named in the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from hydra.utils import get_method
+from torch import nn
+
+from ...spaces.errors import ConfigError
+from .base import Task
+
+
+def custom(
+    model: nn.Module | None = None,
+    score: str | None = None,
+    test: str | None = None,
+    calibration: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    score_name: str = "score",
+    autocast: str | None = None,
+) -> Task:
+    """``score`` and ``test`` name functions of a model (``my_module.accuracy``); the rest are instances.
+
+    ``example_inputs`` is a tensor or a sequence of them; without it, the first sample of ``calibration``.
+
+    Raises:
+        ConfigError: a part is missing, is of the wrong kind, or names something that does not exist.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"task.model must make a torch.nn.Module, not {type(model).__name__}; "
+            "set task.model._target_=my_module.MyModel (a class or a function) and its arguments task.model.<name>=..."
+        )
+    if score is None:
+        raise ConfigError("task.score is not set; name a function of a model, such as task.score=my_module.accuracy")
+    return Task(
+        make_model=lambda: model,
+        example_inputs=_inputs(example_inputs, calibration),
+        calibration=calibration,
+        score=_function(score, "score"),
+        test=None if test is None else _function(test, "test"),
+        score_name=score_name,
+        autocast=None if autocast is None else _dtype(autocast),
+    )
+
+
+def _inputs(example_inputs: Any, calibration: Iterable[Any] | None) -> tuple[Any, ...]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if example_inputs is not None:
+        return tuple(example_inputs)
+    batch = next(iter(calibration or ()), None)
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, torch.Tensor):
+        raise ConfigError(
+            "task.example_inputs is not set, and task.calibration gives no batches that start with a tensor; "
+            "set task.example_inputs._target_=torch.randn 'task.example_inputs.size=[1,3,224,224]'"
+        )
+    return (first[:1],)
+
+
+def _function(path: str, key: str) -> Callable[[nn.Module], float]:
+    try:
+        function: Callable[[nn.Module], float] = get_method(path)
+    except Exception as error:  # Hydra wraps whatever the import of the user's module raises
+        raise ConfigError(f"task.{key}={path} cannot be imported: {error}") from error
+    return function
+
+
+def _dtype(name: str) -> torch.dtype:
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in types:
+        raise ConfigError(f"task.autocast must be one of {', '.join(types)}, not {name!r}")
+    return types[name]
