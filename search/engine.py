@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from torch import nn
 
-from ..spaces import Plan, discover
+from ..spaces import Plan, Space, discover
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from .budget import KEYS, Limits, check_reachable, parse_budget
 from .calibrate import check_calibration
@@ -59,6 +59,7 @@ def search(
     run_dir: str | Path | None = None,
     importance: str = "l1",
     round_to: int = 1,
+    space: Space | None = None,
     autocast: torch.dtype | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -69,7 +70,8 @@ def search(
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; ``test`` is called for the front only. ``calibration`` is read once a candidate:
-    batches of training data, to recalibrate BatchNorm. ``autocast`` runs recalibration and scores in this type.
+    batches of training data, to recalibrate BatchNorm. ``space``, from an earlier :func:`discover` of this model, saves
+    doing that again and brings its own importance and round_to. ``autocast`` runs recalibration and scores in this type.
     An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
     Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
 
@@ -83,7 +85,10 @@ def search(
         raise ConfigError(f"n_trials must be at least 1, not {n_trials}")
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
-    space = discover(model, example_inputs, importance=importance, round_to=round_to, seed=seed)
+    if space is None:
+        space = discover(model, example_inputs, importance=importance, round_to=round_to, seed=seed)
+    elif space.model is not model or (importance, round_to) != ("l1", 1):
+        raise ConfigError("space= brings its own model, importance and round_to; give them to discover() only")
     limits = parse_budget(budget or {}, space.dense_cost, may_be_empty=mode == "front")
     check_reachable(space, limits)
     check_calibration(model, calibration)
@@ -94,8 +99,8 @@ def search(
         "mode": mode,
         "objective": objective,
         "budget": {key: str(value) for key, value in (budget or {}).items()},
-        "importance": importance,
-        "round_to": round_to,
+        "importance": space.importance,
+        "round_to": space.round_to,
         "seed": seed,
         "weights": weights_digest(model),
     }

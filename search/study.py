@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:
     described = {
         "fingerprint": space.fingerprint,
         "search": header,
+        "dense_cost": asdict(space.dense_cost),
         "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "exact": g.exact} for g in space.groups],
         "frozen": [{"name": frozen.name, "reason": frozen.reason} for frozen in space.frozen],
     }

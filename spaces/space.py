@@ -30,7 +30,7 @@ class Space:
     def __init__(self, model: nn.Module, structure: Structure, importance: str, round_to: int, seed: int) -> None:
         self._model = model
         self._structure = structure
-        self.round_to = round_to
+        self.importance, self.round_to, self.seed = importance, round_to, seed
         self._position = {group.name: index for index, group in enumerate(structure.groups)}
         self.sizes = np.array([group.size for group in structure.groups], dtype=np.int64)
         self._cost = CostModel(model, structure)
@@ -45,6 +45,11 @@ class Space:
     @property
     def frozen(self) -> tuple[Frozen, ...]:
         return self._structure.frozen
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense model."""
+        return self._model
 
     def plan(self, widths: Mapping[str, int]) -> Plan:
         """The plan that keeps the ``widths[name]`` most important units; groups that are not named stay whole.

@@ -1,0 +1,1 @@
+"""Hydra's configuration: one file a command, one folder a choice."""

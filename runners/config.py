@@ -1,0 +1,123 @@
+"""Schemas of the configuration: Hydra refuses keys and types that are not in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class Budget:
+    """Upper limits: a share of the dense model (50%), or a number, alone or with a unit (200k, 1MiB)."""
+
+    macs: str | None = None
+    flops: str | None = None
+    params: str | None = None
+    memory: str | None = None
+    size: str | None = None
+
+
+@dataclass
+class Space:
+    importance: str = "l1"
+    round_to: int = 1
+
+
+@dataclass
+class Digits:
+    _target_: str = "prunefront.runners.tasks.digits.digits"
+    width: int = 16
+    epochs: int = 20
+    seed: int = 0
+
+
+@dataclass
+class CifarResNet:
+    _target_: str = "prunefront.runners.tasks.cifar_resnet.cifar_resnet"
+    depth: int = 56
+    data: str | None = None
+    calibration_images: int = 1024
+    seed: int = 0
+
+
+@dataclass
+class Custom:
+    _target_: str = "prunefront.runners.tasks.custom.custom"
+    model: Any = None
+    score: str | None = None
+    test: str | None = None
+    calibration: Any = None
+    example_inputs: Any = None
+    score_name: str = "score"
+    autocast: str | None = None
+
+
+@dataclass
+class Wandb:
+    _target_: str = "prunefront.runners.tracking.WandbTracker"
+    project: str = "prunefront"
+    entity: str | None = None
+    name: str | None = None
+    mode: str | None = None
+
+
+@dataclass
+class NoTracker:
+    _target_: str = "prunefront.runners.tracking.NoTracker"
+
+
+@dataclass
+class SpaceCommand:
+    task: Any = MISSING
+    space: Space = field(default_factory=Space)
+    seed: int = 0
+
+
+@dataclass
+class Search:
+    task: Any = MISSING
+    tracker: Any = MISSING
+    mode: str = "budget"
+    budget: Budget = field(default_factory=Budget)
+    space: Space = field(default_factory=Space)
+    sampler: str = "auto"
+    n_trials: int = 100
+    timeout_s: float | None = None
+    seed: int = 0
+    run_dir: str = MISSING
+
+
+@dataclass
+class Front:
+    """``prunefront front RUN``."""
+
+    run: str = MISSING
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass
+class Report:
+    """``prunefront report RUN``."""
+
+    run: str = MISSING
+
+
+@dataclass
+class LoadCheck:
+    """``prunefront load-check PATH``."""
+
+    run: str = MISSING
+    modules: list[str] = field(default_factory=list)
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; ``conf/`` extends them."""
+    store = ConfigStore.instance()
+    commands = {"search": Search, "space": SpaceCommand, "front": Front, "report": Report, "load_check": LoadCheck}
+    groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
+    groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
+    for name, node in (commands | groups).items():
+        store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)
