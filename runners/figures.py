@@ -1,0 +1,91 @@
+"""Plotly figures of a search, for the report and for trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+#: One blue hue for all widths, light to dark; red marks what was picked, everywhere.
+GREY, BLUE, RED, DARK = "#b8bec7", "#2563eb", "#dc2626", "#111827"
+LABELS = {"macs": "MACs", "params": "parameters", "memory_bytes": "activation memory", "size_bytes": "size"}
+
+
+def front_figure(
+    trials: Sequence[tuple[float, float]],
+    front: Sequence[Mapping[str, Any]],
+    picked: str,
+    dense: Mapping[str, float],
+    objective: str,
+) -> go.Figure:
+    """Score against cost. ``trials``: (score, cost) of each; ``dense``: metrics of the dense model, costs at least."""
+    whole = dense[objective]
+    figure = _figure(f"{LABELS[objective]} (share of the dense model)", "score on the search split")
+    scores, costs = [score for score, _ in trials], [cost / whole for _, cost in trials]
+    figure.add_scatter(x=costs, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
+    figure.add_scatter(
+        x=[entry[objective] / whole for entry in front],
+        y=[entry["score"] for entry in front],
+        text=[entry["name"] for entry in front],
+        mode="lines+markers",
+        name="front",
+        line={"shape": "hv", "color": BLUE},
+        marker={"size": 9},
+    )
+    chosen = next(entry for entry in front if entry["name"] == picked)
+    marker = {"color": RED, "size": 14, "symbol": "circle-open", "line": {"width": 3}}
+    figure.add_scatter(
+        x=[chosen[objective] / whole], y=[chosen["score"]], text=[picked], mode="markers", name="picked", marker=marker
+    )
+    if "score" in dense:
+        star = {"color": DARK, "size": 13, "symbol": "star"}
+        figure.add_scatter(x=[1], y=[dense["score"]], mode="markers", name="dense", marker=star)
+    figure.update_xaxes(tickformat=".0%")
+    return figure
+
+
+def history_figure(numbers: Sequence[int], scores: Sequence[float], dense_score: float | None) -> go.Figure:
+    """Scores in the order of the trials, and the best so far."""
+    figure = _figure("trial", "score on the search split")
+    figure.add_scatter(x=numbers, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
+    best = np.maximum.accumulate(scores)
+    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"shape": "hv", "color": BLUE})
+    if dense_score is not None:
+        figure.add_hline(dense_score, line={"color": DARK, "dash": "dot"}, annotation_text="dense")
+    return figure
+
+
+def widths_figure(
+    groups: Sequence[Mapping[str, Any]], widths: Mapping[str, Mapping[str, int]], picked: str
+) -> go.Figure:
+    """Share of units that each model of the front (columns, cheapest first) keeps of each group (rows)."""
+    names, columns = [group["name"] for group in groups], list(widths)
+    kept = [[widths[column][group["name"]] / group["size"] for column in columns] for group in groups]
+    counts = [[f"{widths[column][group['name']]} of {group['size']}" for column in columns] for group in groups]
+    figure = _figure("model", "")
+    labels = [f"<b>{column}</b>" if column == picked else column for column in columns]
+    figure.add_heatmap(
+        z=kept,
+        x=labels,
+        y=names,
+        text=counts,
+        texttemplate="%{text}" if len(columns) <= 8 else None,
+        hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+        colorscale=[[0, "#eff6ff"], [1, "#1e3a8a"]],
+        zmin=0,
+        zmax=1,
+        colorbar={"title": "kept", "tickformat": ".0%"},
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(type="category")
+    figure.update_layout(height=max(360, 120 + 22 * len(names)))
+    return figure
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    figure = go.Figure()
+    margin = {"l": 60, "r": 20, "t": 30, "b": 50}
+    figure.update_layout(template="plotly_white", xaxis_title=x, yaxis_title=y, height=460, margin=margin)
+    return figure
