@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,10 @@ class Limits:
         """Largest share by which each row of ``costs`` (plans, 4) is above its limits; feasible when <= 0."""
         shares: NDArray[np.float64] = (costs / np.array(self.values) - 1).max(axis=1)
         return shares
+
+    def holds(self, costs: Sequence[float]) -> bool:
+        """Whether one plan's costs (4) are within the limits."""
+        return bool(self.excess(np.array([costs], dtype=float))[0] <= 0)
 
     def replace(self, column: int, limit: float) -> Limits:
         """The same limits with another one in ``column``."""

@@ -94,7 +94,7 @@ def search(
     check_calibration(model, calibration)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    objective = COLUMNS[KEYS[next(iter(budget))][0]] if budget else "macs"
+    objective = objective_of(budget)
     header: dict[str, Any] = {
         "mode": mode,
         "objective": objective,
@@ -203,6 +203,11 @@ class _Run:
         share = trial.suggest_float(COST_SHARE, lowest, highest, log=True)
         # The exact bound where the share is at its end: a product may fall a rounding error short of it.
         return self.limits.replace(column, max(share * dense, smallest * dense))
+
+
+def objective_of(budget: Mapping[str, Any] | None) -> str:
+    """The cost that the front trades against the score: that of the first budget, macs without one."""
+    return COLUMNS[KEYS[next(iter(budget))][0]] if budget else "macs"
 
 
 def weights_digest(model: nn.Module) -> str:

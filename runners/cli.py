@@ -1,0 +1,198 @@
+"""The ``prunefront`` command: a subcommand, then Hydra overrides."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from ..spaces.errors import ConfigError, PrunefrontError, StorageError
+from . import commands
+from .config import register
+from .display import errors
+
+COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
+    "space": (commands.space, "prunefront space task=digits"),
+    "search": (commands.search, "prunefront search task=digits budget.macs=40% n_trials=200"),
+    "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
+    "load-check": (commands.load_check, "prunefront load-check runs/a"),
+    "report": (commands.report, "prunefront report runs/a"),
+}
+#: These take a run as their first argument.
+POSITIONAL = ("front", "load-check", "report")
+#: Parts of task=custom that are built from `_target_` and free arguments, which Hydra's schemas cannot list.
+OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        errors.print(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", style="red")
+        return 2
+    if {"-h", "--help"} & set(rest):
+        print(command_help(name))
+        return 0
+    debug = "--debug" in rest
+    try:
+        overrides = prepare_overrides(name, [argument for argument in rest if argument != "--debug"])
+        return run_command(name, overrides, debug)
+    except PrunefrontError as error:
+        return _report_error(error, debug)
+    except KeyboardInterrupt:
+        errors.print("interrupted; finished trials are kept, continue with resume=<run>", style="yellow")
+        return 130
+
+
+def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
+    """Compose the configuration and run the command, once or (``-m``) for every combination."""
+    command = COMMANDS[name][0]
+    failed = []
+
+    def job(config: DictConfig) -> Any:
+        try:
+            return command(config)
+        except PrunefrontError as error:
+            failed.append(_report_error(error, debug))
+
+    if debug:
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+    register()
+    before = sys.argv
+    sys.argv = [f"prunefront {name}", *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://prunefront.conf", config_name=name.replace("-", "_"))(job)()
+    finally:
+        sys.argv = before
+    return 1 if failed else 0
+
+
+def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
+    """Our shorthands in Hydra's terms: a run as first argument, ``resume=RUN``, free keys of task=custom."""
+    overrides = list(arguments)
+    if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        overrides[0] = f"run={_quoted(overrides[0])}"
+    resumed = [a for a in overrides if a.startswith("resume=")]
+    if resumed:
+        if name != "search" or {"-m", "--multirun"} & set(overrides):
+            raise ConfigError("resume=RUN continues one run of the search command; it does not go with -m")
+        overrides.remove(resumed[-1])
+        overrides = resume(Path(resumed[-1].removeprefix("resume=")), overrides)
+    return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+
+
+def resume(run_dir: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides that the run was started with, then the new ones.
+
+    A run's files never choose which code is run: overrides of task=custom must be given again.
+    """
+    stored = _stored_overrides(run_dir)
+    given = {_key(override) for override in overrides}
+    kept = [override for override in stored if _key(override) not in given | {"run_dir"}]
+    foreign = [override for override in kept if not _is_harmless(override, stored)]
+    if foreign:
+        repeated = " ".join(_quoted(override) for override in foreign)
+        raise ConfigError(
+            f"{run_dir} was started with code of its own, which is not run because a file says so; "
+            f"if it is yours, repeat: prunefront search resume={run_dir} {repeated}"
+        )
+    return [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
+
+
+def _stored_overrides(run_dir: Path) -> list[str]:
+    path = run_dir / ".hydra" / "overrides.yaml"
+    if not path.exists():
+        raise StorageError(f"{run_dir} is no run of the search command: it has no .hydra/overrides.yaml")
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # YAML's and OmegaConf's errors have no common root
+        raise StorageError(f"{path} is damaged: {error}") from error
+    if not isinstance(stored, list) or not all(isinstance(override, str) for override in stored):
+        raise StorageError(f"{path} is damaged: it is no list of overrides")
+    return [override.replace("++", "", 1) if override.startswith("++") else override for override in stored]
+
+
+def _is_harmless(override: str, stored: Sequence[str]) -> bool:
+    """Sets a plain value of a built-in choice; names no code."""
+    key = _key(override)
+    if "_target_" in override or "${" in override or key.startswith(("~", "+", "hydra")):
+        return False
+    if key == "task":
+        return override in ("task=digits", "task=cifar_resnet")
+    if key == "tracker":
+        return override in ("tracker=wandb", "tracker=none")
+    return not key.startswith("task.") or "task=custom" not in stored
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _quoted(value: str) -> str:
+    """For Hydra's override grammar: a path may have characters with a meaning there."""
+    plain = OverridesParser.create().parse_override(f"key={value}") if _parses(value) else None
+    return value if plain is not None and plain.value() == value else "'" + value.replace("'", "\\'") + "'"
+
+
+def _parses(value: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except Exception:  # whatever the grammar raises, the value needs quotes
+        return False
+    return True
+
+
+def _report_error(error: PrunefrontError, debug: bool) -> int:
+    if debug:
+        raise error
+    errors.print(f"[bold red]error[/] {type(error).__name__}: ", end="")
+    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return 1
+
+
+def usage() -> str:
+    """The commands, each with an example."""
+    lines = ["Find and build smaller PyTorch models by structured pruning.", "", "commands:"]
+    lines += [f"  {name:11} {(command.__doc__ or '').splitlines()[0]}" for name, (command, _) in COMMANDS.items()]
+    lines += ["", "examples:", *(f"  {example}" for _, example in COMMANDS.values())]
+    lines += [
+        "  prunefront search resume=runs/a n_trials=400",
+        "  prunefront search -m budget.macs=30%,50%,70% seed=0,1",
+        "",
+        "prunefront COMMAND --help shows a command's options; --debug shows tracebacks.",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(name: str) -> str:
+    """The command's options with their defaults and meanings: its configuration file, and the choices beside it."""
+    command, example = COMMANDS[name]
+    files = resources.files("prunefront.conf")
+    text = (files / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
+    options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
+    argument = " RUN" if name in POSITIONAL else ""
+    lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
+    lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
+    lines += [f"  {line}" for line in options.splitlines()]
+    for group in ("task", "tracker"):
+        if f"- {group}:" in text:
+            lines += ["", f"{group}=... one of"]
+            for file in sorted((files / group).iterdir(), key=lambda file: file.name):
+                content = file.read_text(encoding="utf-8")
+                lines.append(f"  {file.name.removesuffix('.yaml'):13} {content.splitlines()[0].lstrip('# ')}")
+                body = content.partition("- _self_\n")[2].strip()
+                lines += [f"    {group}.{line}" for line in body.splitlines()]
+    if name == "search":
+        lines += ["", "resume=RUN n_trials=N continues a run until it has N trials; -m runs all combinations of values."]
+    return "\n".join(lines)

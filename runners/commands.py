@@ -1,0 +1,206 @@
+"""What the commands do with their composed configuration."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import optuna
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..search import Result, load, parse_budget
+from ..search import search as run_search
+from ..search.candidates import checked_score, precision
+from ..search.engine import objective_of
+from ..search.saved import METRICS, read_json, save_model, write_json
+from ..spaces import Cost, Space, discover
+from ..spaces.errors import ConfigError, SearchError
+from .check import check_model
+from .display import SearchProgress, console, front_table, space_table
+from .report import read_run, write_report
+from .tasks import Task
+from .tracking import Guarded
+
+#: The budget of a search that names none.
+DEFAULT_BUDGET = {"macs": "50%"}
+
+
+def search(config: DictConfig) -> float:
+    """Search, save the front, and show it. Returns the picked model's score."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    run_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    optuna.logging.disable_default_handler()  # its messages go to the run's log file
+    optuna.logging.enable_propagation()
+    task = make_task(config)
+    with console.status("preparing the dense model"):
+        space, dense = prepare(task, config, run_dir)
+    result = tracked_search(config, task, space, dense, run_dir)
+    write_report(run_dir)
+    show_result(result, task, dense)
+    return result.best.metrics["score"]
+
+
+def tracked_search(config: DictConfig, task: Task, space: Space, dense: dict[str, float], run_dir: Path) -> Result:
+    budget = {str(key): value for key, value in config.budget.items() if value is not None}
+    if config.mode == "budget":
+        budget = budget or DEFAULT_BUDGET
+    objective = objective_of(budget)
+    tracker = Guarded(hydra.utils.instantiate(config.tracker))
+    tracker.start(_plain(config), run_dir, dense, objective)
+    result = None
+    try:
+        with SearchProgress(config.n_trials, objective, dense) as progress:
+            result = run_search(
+                space.model,
+                task.example_inputs,
+                score=task.score,
+                budget=budget,
+                calibration=task.calibration,
+                test=task.test,
+                mode=config.mode,
+                n_trials=config.n_trials,
+                timeout_s=config.timeout_s,
+                sampler=config.sampler,
+                seed=config.seed,
+                run_dir=run_dir,
+                space=space,
+                autocast=task.autocast,
+                callbacks=(progress, tracker.trial),
+            )
+    finally:
+        tracker.finish(result)
+    return result
+
+
+def make_task(config: DictConfig) -> Task:
+    """Raises ConfigError for whatever keeps the task from being made."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # for the user's own modules, as `python -m` has it
+    try:
+        task = hydra.utils.instantiate(config.task, _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(f"the task cannot be made: {str(error).strip()}") from error
+    if not isinstance(task, Task):
+        raise ConfigError(f"task._target_ must make a prunefront Task, not {type(task).__name__}")
+    return task
+
+
+def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[str, float]]:
+    """The space of the dense model, and the model's metrics; the run keeps both model and metrics in ``dense``.
+
+    Raises:
+        SearchError: the run directory belongs to another task.
+    """
+    folder, described = run_dir / "dense", json.dumps(_plain(config.task), sort_keys=True)
+    kept = read_json(folder / METRICS) if folder.exists() else None
+    if kept is not None and kept.get("task") != described:
+        raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
+    model = load(folder) if kept is not None and task.trains else task.make_model()
+    space = discover(
+        model,
+        task.example_inputs,
+        importance=config.space.importance,
+        round_to=config.space.round_to,
+        seed=config.seed,
+    )
+    if kept is None:
+        metrics = dense_metrics(task, model, space.dense_cost)
+        save_model(folder, model, None, {**metrics, "task": described}, task.example_inputs)
+    else:
+        metrics = {key: value for key, value in kept.items() if key != "task"}
+    return space, metrics
+
+
+def dense_metrics(task: Task, model: nn.Module, cost: Cost) -> dict[str, float]:
+    """Scores and costs of the dense model. Raises ConfigError when it cannot be scored."""
+    metrics: dict[str, float] = asdict(cost)
+    functions = {"score": task.score, "test": task.test}
+    with precision(model, task.autocast):
+        for name, function in functions.items():
+            if function is not None:
+                try:
+                    metrics[name] = checked_score(function(model), f"task.{name}")
+                except Exception as error:
+                    raise ConfigError(
+                        f"task.{name} fails on the dense model: {type(error).__name__}: {error}"
+                    ) from error
+    return metrics
+
+
+def show_result(result: Result, task: Task, dense: dict[str, float]) -> None:
+    rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
+    console.print(front_table(rows, result.best.name, dense, task.score_name))
+    total = sum(result.seconds.values()) or 1.0
+    parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in result.seconds.items())
+    console.print(f"{total:.1f} s: {parts}", style="dim")
+    console.print(f"run     {result.run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"report  {result.run_dir}/report.html", soft_wrap=True, highlight=False)
+    console.print(f'load    prunefront.load("{result.run_dir}")', soft_wrap=True, highlight=False)
+    console.print(f"more    prunefront search resume={result.run_dir} n_trials=...", soft_wrap=True, highlight=False)
+
+
+def space(config: DictConfig) -> None:
+    """Show what can be pruned, and how small the model can get."""
+    task = make_task(config)
+    with console.status("preparing the dense model"):
+        model = task.make_model()
+        found = discover(
+            model,
+            task.example_inputs,
+            importance=config.space.importance,
+            round_to=config.space.round_to,
+            seed=config.seed,
+        )
+    console.print(space_table(found))
+    smallest = found.cost_batch(found.smallest_widths()[None])[0]
+    for (name, dense), least in zip(asdict(found.dense_cost).items(), smallest, strict=True):
+        console.print(f"{name:12} {dense:>14,.0f} dense, {least:>12,.0f} at the least ({least / dense:.1%})")
+
+
+def front(config: DictConfig) -> None:
+    """Show the front of a run; with a budget, what holds it and the best of that."""
+    run_dir = Path(config.run)
+    run = read_run(run_dir)
+    entries, picked, dense = run["front"], run["picked"], run["dense"]
+    budget = {str(key): value for key, value in config.budget.items() if value is not None}
+    if budget:
+        costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
+        limits = parse_budget(budget, costs)
+        rows = [[entry[key] for key in Cost.__dataclass_fields__] for entry in entries]
+        entries = [entry for entry, row in zip(entries, rows, strict=True) if limits.holds(row)]
+        if not entries:
+            raise SearchError(f"no model of the front of {run_dir} holds the budget; search with it")
+        picked = max(entries, key=lambda entry: entry["score"])["name"]
+    console.print(front_table(entries, picked, dense))
+    console.print(f'load    prunefront.load("{run_dir / "front" / picked}")', soft_wrap=True, highlight=False)
+
+
+def report(config: DictConfig) -> None:
+    """Write report.html of a finished run again."""
+    console.print(str(write_report(Path(config.run))), soft_wrap=True, highlight=False)
+
+
+def load_check(config: DictConfig) -> None:
+    """Load a saved model as a stranger would, and compare it with what was written down about it."""
+    for module in config.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"modules: cannot import {module}: {error}") from error
+    for line in check_model(Path(config.run)):
+        console.print(f"[green]ok[/] {line}", soft_wrap=True)
+
+
+def _plain(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=True)
