@@ -4,9 +4,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+FOLDERS = ("spaces", "search", "runners", "conf")
 names = set(zipfile.ZipFile(sys.argv[1]).namelist())
-wanted = {f"prunefront/{path}" for folder in ("spaces", "search") for path in Path(folder).rglob("*.py")}
-wanted |= {"prunefront/__init__.py", "prunefront/py.typed"}
+wanted = {
+    f"prunefront/{path}" for folder in FOLDERS for path in Path(folder).rglob("*.*") if path.suffix in (".py", ".yaml")
+}
+wanted |= {"prunefront/__init__.py", "prunefront/__main__.py", "prunefront/py.typed"}
 if missing := sorted(wanted - names):
     sys.exit(f"the wheel lacks {', '.join(missing)}")
 print(f"the wheel holds all {len(wanted)} files")

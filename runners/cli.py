@@ -194,5 +194,5 @@ def command_help(name: str) -> str:
                 body = content.partition("- _self_\n")[2].strip()
                 lines += [f"    {group}.{line}" for line in body.splitlines()]
     if name == "search":
-        lines += ["", "resume=RUN n_trials=N continues a run until it has N trials; -m runs all combinations of values."]
+        lines += ["", "resume=RUN n_trials=N continues a run up to N trials; -m runs all combinations of values."]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score, precision
 from ..search.engine import objective_of
-from ..search.saved import METRICS, read_json, save_model, write_json
+from ..search.saved import METRICS, read_json, save_model
 from ..spaces import Cost, Space, discover
 from ..spaces.errors import ConfigError, SearchError
 from .check import check_model
@@ -34,7 +34,7 @@ DEFAULT_BUDGET = {"macs": "50%"}
 
 
 def search(config: DictConfig) -> float:
-    """Search, save the front, and show it. Returns the picked model's score."""
+    """Search within a budget or along the front, and save the models that were found."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     run_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     optuna.logging.disable_default_handler()  # its messages go to the run's log file

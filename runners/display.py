@@ -52,8 +52,9 @@ class SearchProgress:
         self.progress.stop()
 
     def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE or "error" in t.user_attrs]
-        self.progress.update(self.bar, completed=len(done), best=self.best(study))
+        trials = study.get_trials(deepcopy=False)
+        done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
+        self.progress.update(self.bar, completed=done, best=self.best(study))
 
     def best(self, study: optuna.Study) -> str:
         trials = finished(study)
@@ -67,12 +68,12 @@ class SearchProgress:
 def front_table(
     entries: Sequence[Mapping[str, Any]], picked: str, dense: Mapping[str, float], score_name: str = "score"
 ) -> Table:
-    """``entries``: name and metrics of each model of the front; ``dense``: those of the dense model, as far as known."""
+    """``entries``: name and metrics of each model of the front; ``dense``: those of the dense model, where known."""
     table = Table(caption="shares are of the dense model; the test split was used for these models only")
     table.add_column("model")
     for name in (f"{score_name} (search)", f"{score_name} (test)", "MACs", "params"):
         table.add_column(name, justify="right")
-    table.add_row("dense", *_cells(dense, dense), end_section=True)
+    table.add_row("dense", *_cells(dense, {}), end_section=True)
     chosen = next(entry for entry in entries if entry["name"] == picked)
     table.add_row(f"picked ({picked})", *_cells(chosen, dense), style="bold green", end_section=True)
     for entry in entries:

@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -88,7 +88,9 @@ class WandbTracker:
     def start(self, config: dict[str, Any], run_dir: Path, dense: Mapping[str, float], objective: str) -> None:
         import wandb  # about a second, and only where it is used
 
-        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = self.mode or os.environ.get("WANDB_MODE")
+        if mode is None and not wandb.api.api_key:
+            mode = "offline"
         identity = run_dir / "wandb" / "prunefront-id"
         identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
@@ -98,14 +100,14 @@ class WandbTracker:
             entity=self.entity,
             name=self.name or run_dir.name,
             id=identity.read_text(),
-            resume="allow" if mode == "online" else None,  # several offline runs of one id are joined by `wandb sync`
+            resume=None if mode == "offline" else "allow",  # several offline runs of one id are joined by `wandb sync`
             dir=run_dir,
-            mode=mode,  # type checkers see one of four literals here; W&B checks the value itself
+            mode=cast(Any, mode),  # W&B checks the value
             config={**config, "dense": dict(dense)},
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.dense, self.objective = dict(dense), objective
-        # The hypervolume counts from no score at all, where scores are shares; twice the dense loss where they are negative.
+        # The hypervolume counts from score 0, or from twice the dense score where scores are negative (losses).
         self.reference = (min(0.0, 2 * self.dense["score"]), self.dense[objective])
 
     def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -128,8 +130,8 @@ class WandbTracker:
             self.run.finish(exit_code=1)
             return
         rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
+        table = wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
         trials = [(t.values[0], t.user_attrs["costs"][result.objective]) for t in finished(result.study)]
         figure = front_figure(trials, rows, result.best.name, self.dense, result.objective)
         self.run.log({"front": table, "front_plot": wandb.Plotly(figure)})

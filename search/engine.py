@@ -71,7 +71,8 @@ def search(
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; ``test`` is called for the front only. ``calibration`` is read once a candidate:
     batches of training data, to recalibrate BatchNorm. ``space``, from an earlier :func:`discover` of this model, saves
-    doing that again and brings its own importance and round_to. ``autocast`` runs recalibration and scores in this type.
+    doing that again and brings its own importance and round_to. ``autocast`` runs recalibration and
+    scores in this type.
     An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
     Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
 

@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """``(batch, 3, 32, 32)`` to ``(batch, 10)``; three stages of ``(depth - 2) / 6`` blocks with 16, 32, 64 channels."""
+    """``(batch, 3, 32, 32)`` to ``(batch, 10)``; stages of ``(depth - 2) / 6`` blocks with 16, 32, 64 channels."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
