@@ -39,19 +39,21 @@ def search(config: DictConfig) -> float:
     run_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     optuna.logging.disable_default_handler()  # its messages go to the run's log file
     optuna.logging.enable_propagation()
+    budget = chosen_budget(config)
+    parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)  # a typing error is told before a model is trained
     task = make_task(config)
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir)
-    result = tracked_search(config, task, space, dense, run_dir)
+    result = tracked_search(config, budget, task, space, dense, run_dir)
     write_report(run_dir)
     show_result(result, task, dense)
     return result.best.metrics["score"]
 
 
-def tracked_search(config: DictConfig, task: Task, space: Space, dense: dict[str, float], run_dir: Path) -> Result:
-    budget = {str(key): value for key, value in config.budget.items() if value is not None}
-    if config.mode == "budget":
-        budget = budget or DEFAULT_BUDGET
+def tracked_search(
+    config: DictConfig, budget: dict[str, str], task: Task, space: Space, dense: dict[str, float], run_dir: Path
+) -> Result:
+    """Search with a progress bar and the tracker of ``config``."""
     objective = objective_of(budget)
     tracker = Guarded(hydra.utils.instantiate(config.tracker))
     tracker.start(_plain(config), run_dir, dense, objective)
@@ -173,7 +175,7 @@ def front(config: DictConfig) -> None:
     run_dir = Path(config.run)
     run = read_run(run_dir)
     entries, picked, dense = run["front"], run["picked"], run["dense"]
-    budget = {str(key): value for key, value in config.budget.items() if value is not None}
+    budget = given_budget(config)
     if budget:
         costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
         limits = parse_budget(budget, costs)
@@ -200,6 +202,15 @@ def load_check(config: DictConfig) -> None:
             raise ConfigError(f"modules: cannot import {module}: {error}") from error
     for line in check_model(Path(config.run)):
         console.print(f"[green]ok[/] {line}", soft_wrap=True)
+
+
+def given_budget(config: DictConfig) -> dict[str, str]:
+    return {str(key): value for key, value in config.budget.items() if value is not None}
+
+
+def chosen_budget(config: DictConfig) -> dict[str, str]:
+    """The given budget; half of the MACs where a search within a budget has none."""
+    return given_budget(config) or ({} if config.mode == "front" else DEFAULT_BUDGET)
 
 
 def _plain(config: DictConfig) -> Any:

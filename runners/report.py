@@ -32,6 +32,8 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     Raises:
         StorageError: this is no finished run, or it is damaged.
     """
+    if not (run_dir / "space.json").exists():
+        raise StorageError(f"{run_dir} is no run of a search: it has no space.json")
     if not (run_dir / RESULT).exists():
         raise StorageError(f"{run_dir} is no finished run: it has no {RESULT}; finish it with resume={run_dir}")
     result, space = read_json(run_dir / RESULT), read_json(run_dir / "space.json")
