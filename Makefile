@@ -1,11 +1,14 @@
 PYTHON ?= python3.11
 
-.PHONY: test check
+.PHONY: search test check
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,vision]'
 	touch $@
+
+search: .venv/ready
+	.venv/bin/prunefront search task=digits budget.macs=50%
 
 test: .venv/ready
 	.venv/bin/python -m pytest

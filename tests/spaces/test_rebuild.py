@@ -81,7 +81,7 @@ def test_refill_wants_the_same_model():
     [
         ("os:system", "not a module class"),
         ("subprocess:Popen", "not a module class"),
-        ("this:Zen", "import this before loading"),
+        ("this:Zen", "import this first"),
         ("torch.distributed.__main__:X", "import torch"),
         ("torch.nn.modules.nothing:X", "cannot be imported"),
         ("torch:hub.load", "not a module class"),
