@@ -10,7 +10,12 @@ import plotly.graph_objects as go
 
 #: One blue hue for all widths, light to dark; red marks what was picked, everywhere.
 GREY, BLUE, RED, DARK = "#b8bec7", "#2563eb", "#dc2626", "#111827"
-LABELS = {"macs": "MACs", "params": "parameters", "memory_bytes": "activation memory", "size_bytes": "size"}
+LABELS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "memory_bytes": "activation memory (bytes)",
+    "size_bytes": "size (bytes)",
+}
 
 
 def front_figure(

@@ -16,10 +16,10 @@ from ..spaces.errors import StorageError
 from .figures import LABELS, front_figure, history_figure, widths_figure
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #111827 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #111827 }
 h1, h2 { font-weight: 600; margin: 2rem 0 .5rem } p.note { color: #4b5563 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #e5e7eb }
+th, td { padding: .25rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb }
 th:first-child, td:first-child { text-align: left } tr.picked { font-weight: 600; color: #b91c1c }
 """
 #: Columns of the table of models.

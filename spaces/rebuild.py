@@ -200,7 +200,8 @@ def _module_class(path: str) -> type[nn.Module]:
     if module not in sys.modules:
         if module.partition(".")[0] not in TRUSTED or module.endswith("__main__"):
             raise StorageError(
-                f"the saved model uses {qualname} of {module}: import {module} first (load-check: modules=[{module}]), if you trust it"
+                f"the saved model uses {qualname} of {module}: import {module} first "
+                f"(load-check: modules=[{module}]), if you trust it"
             )
         try:
             importlib.import_module(module)

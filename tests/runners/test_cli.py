@@ -1,0 +1,183 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import prunefront
+from prunefront.runners.cli import COMMANDS, main
+from prunefront.search.study import finished, read_study
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_leaves_what_its_folder_promises(digits_run):
+    left = {path.name for path in digits_run.iterdir()}
+    assert {"study.journal", "space.json", "front", "dense", "result.json", "report.html", ".hydra", "wandb"} <= left
+    result = json.loads((digits_run / "result.json").read_text())
+    dense = json.loads((digits_run / "dense" / "metrics.json").read_text())
+    assert {"score", "test", "macs", "params"} <= set(dense) and {"score", "test"} <= set(result["front"][0])
+    model = prunefront.load(digits_run)
+    picked = next(entry for entry in result["front"] if entry["name"] == result["picked"])
+    assert sum(p.numel() for p in model.parameters()) == picked["params"] < dense["params"]
+    assert picked["macs"] <= dense["macs"] / 2 and model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_search_shows_a_table_and_what_to_do_next(in_tmp, tiny, capsys):
+    assert main(["search", *tiny, "tracker=none", "run_dir=runs/a"]) == 0
+    shown = capsys.readouterr().out
+    assert "6/6" in shown and "dense" in shown and "picked" in shown
+    assert 'prunefront.load("runs/a")' in shown and "resume=runs/a" in shown
+
+
+def test_a_killed_run_continues_with_its_options(in_tmp, tiny):
+    options = [argument for argument in tiny if not argument.startswith("n_trials")]
+    command = [sys.executable, "-m", "prunefront", "search", *options, "n_trials=100000", "tracker=none", "run_dir=a"]
+    journal = in_tmp / "a" / "study.journal"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        while not (journal.exists() and journal.read_text().count('"state":1') > 5):
+            with pytest.raises(subprocess.TimeoutExpired):  # it must still be running
+                process.wait(0.1)
+        process.send_signal(signal.SIGKILL)
+    done = len(finished(read_study(in_tmp / "a")))
+    assert main(["search", "resume=a", f"n_trials={done + 2}"]) == 0
+    study = read_study(in_tmp / "a")
+    assert len(finished(study)) == done + 2
+    assert "sampler=random" in (in_tmp / "a" / ".hydra" / "overrides.yaml").read_text()
+
+
+def test_every_combination_of_a_multirun_has_its_own_run(in_tmp, tiny):
+    assert main(["search", "-m", *tiny, "budget.macs=40%,60%", "tracker=none", "run_dir=m"]) == 0
+    limits = [json.loads((in_tmp / "m" / name / "space.json").read_text())["search"]["budget"] for name in "01"]
+    assert limits == [{"macs": "40%"}, {"macs": "60%"}]
+
+
+def test_a_multirun_tells_of_its_failures(in_tmp, tiny):
+    assert main(["search", "-m", *tiny, "budget.macs=40%,0.01%", "tracker=none", "run_dir=m"]) == 1
+    assert prunefront.load(in_tmp / "m" / "0")
+
+
+def test_front_mode_and_selection_within_a_budget(in_tmp, tiny, capsys):
+    assert main(["search", *tiny, "mode=front", "budget.params=90%", "tracker=none", "run_dir=f"]) == 0
+    result = json.loads((in_tmp / "f" / "result.json").read_text())
+    assert result["objective"] == "params"
+    cheapest = result["front"][0]
+    capsys.readouterr()
+    assert main(["front", "f", f"budget.params={cheapest['params']}"]) == 0
+    assert f'load("f/front/{cheapest["name"]}")' in capsys.readouterr().out
+
+
+def test_commands_that_only_look(digits_run, in_tmp, capsys):
+    assert main(["load-check", str(digits_run)]) == 0
+    assert main(["load-check", str(digits_run / "dense")]) == 0
+    assert main(["front", str(digits_run)]) == 0
+    assert main(["report", str(digits_run)]) == 0
+    assert main(["space", "task.width=4", "task.epochs=1"]) == 0
+    assert "MACs by torch's flop counter" in capsys.readouterr().out
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["search", "task.depht=3"], "depht"),
+        (["search", "n_trials=many"], "n_trials"),
+        (["search", "task=dogits"], "dogits"),
+        (["search", "budget.macs=5furlongs"], "cannot read budget macs"),
+        (["search", "task.width=4", "task.epochs=1", "budget.macs=0.01%"], "the smallest candidate"),
+        (["search", "task.width=4", "task.epochs=1", "sampler=annealing"], "unknown sampler"),
+        (["search", "task=custom"], "task.model must make"),
+        (["search", "task=custom", "task.model._target_=torch.nn.Nothing"], "torch.nn.Nothing"),
+        (["search", "task=custom", "task.model._target_=torch.nn.Identity"], "task.score is not set"),
+        (["search", "task=cifar_resnet", "task.data=nowhere"], "PRUNEFRONT_DATA"),
+        (["search", "resume=nowhere"], "no run of the search command"),
+        (["search", "-m", "resume=nowhere"], "does not go with -m"),
+        (["front", "nowhere"], "no run of a search"),
+        (["load-check", "nowhere"], "does not exist"),
+        (["report", "nowhere"], "no run of a search"),
+        (["fornt"], "unknown command"),
+    ],
+)
+def test_mistakes_get_an_error_without_a_traceback(in_tmp, capfd, arguments, expected):
+    more = ["tracker=none"] if arguments[0] == "search" else []
+    try:
+        status = main([*arguments, *more])
+    except SystemExit as ended:  # Hydra's own refusals
+        status = ended.code
+    shown = "".join(capfd.readouterr())
+    assert status and expected in shown and "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback(in_tmp):
+    with pytest.raises(prunefront.PrunefrontError):
+        main(["search", "resume=nowhere", "--debug"])
+
+
+def test_a_run_of_another_task_is_refused(in_tmp, tiny, capsys):
+    assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
+    assert main(["search", *tiny, "task.seed=1", "tracker=none", "run_dir=a"]) == 1
+    assert "belongs to another task" in capsys.readouterr().err
+
+
+MODULE = """
+import torch
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, width=8):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+def batches():
+    return [(torch.zeros(4, 6), torch.zeros(4))]
+def weight(model):
+    return sum(float(parameter.detach().abs().sum()) for parameter in model.parameters())
+"""
+
+
+def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(in_tmp, capsys):
+    (in_tmp / "own_module.py").write_text(MODULE)
+    own = ["task=custom", "task.model._target_=own_module.Net", "task.model.width=16", "task.score=own_module.weight"]
+    own += ["task.calibration._target_=own_module.batches", "task.test=own_module.weight"]
+    options = ["tracker=none", "n_trials=4", "sampler=random"]
+    assert main(["search", *own, *options, "run_dir=a"]) == 0
+    assert isinstance(prunefront.load("a"), nn.Sequential)
+    capsys.readouterr()
+    assert main(["search", "resume=a", "n_trials=6"]) == 1
+    advice = capsys.readouterr().err
+    assert "repeat: prunefront search resume=a" in advice
+    repeated = re.findall(r"'([^']+)'", advice)
+    assert repeated == own
+    assert main(["search", "resume=a", "n_trials=6", *repeated]) == 0
+    assert len(finished(read_study(in_tmp / "a"))) == 6
+
+
+def test_load_check_finds_what_was_changed(digits_run, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(digits_run / "dense", folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "macs": metrics["macs"] + 1}))
+    assert main(["load-check", str(folder)]) == 1
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main(["load-check", str(folder)]) == 1
+    shown = capsys.readouterr().err
+    assert "MACs, and metrics.json says" in shown and "checksum differs" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help(arguments, capsys):
+    assert main(arguments) == 0
+    assert "prunefront" in capsys.readouterr().out

@@ -1,0 +1,119 @@
+"""Every task keeps the contract; the CIFAR loader reads the published file format."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunefront
+from prunefront.runners.tasks.base import accuracy
+from prunefront.runners.tasks.cifar_resnet import MEAN, STD, CifarResNet, cifar_resnet
+from prunefront.runners.tasks.custom import custom
+from prunefront.runners.tasks.digits import DigitsNet, digits, splits
+from prunefront.search.candidates import checked_score, precision
+from prunefront.spaces.errors import ConfigError
+
+IMAGES = {"train": 150, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def cifar_folder(tmp_path_factory):
+    """The files of the data folder with images of one colour each, and random weights."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("cifar")
+    arrays = {"classes": np.array(["a"] * 10)}
+    for split, count in IMAGES.items():
+        files = []
+        for index in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (index, 2 * index % 256, 100)).save(buffer, "JPEG", quality=95)
+            files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        arrays[f"{split}_jpeg"] = np.concatenate(files)
+        arrays[f"{split}_offset"] = np.cumsum([0, *map(len, files)]).astype(np.int64)
+        arrays[f"{split}_label"] = (np.arange(count) % 10).astype(np.uint8)
+    np.savez(folder / "cifar10_jpeg.npz", **arrays)
+    torch.manual_seed(0)
+    save_file(CifarResNet(20).state_dict(), folder / "resnet20_cifar10.safetensors")
+    return folder
+
+
+def batches():
+    return [(torch.zeros(130, 1, 8, 8), torch.zeros(130))]
+
+
+def constant(model):
+    return 1.0
+
+
+@pytest.fixture(params=["digits", "cifar_resnet", "custom"])
+def task(request, cifar_folder):
+    makers = {
+        "digits": lambda: digits(width=4, epochs=1),
+        "cifar_resnet": lambda: cifar_resnet(20, str(cifar_folder), calibration_images=140),
+        "custom": lambda: custom(DigitsNet(4), f"{__name__}.constant", calibration=batches(), autocast="bfloat16"),
+    }
+    return makers[request.param]()
+
+
+def test_every_task_can_be_searched(task, tmp_path):
+    model = task.make_model().eval()
+    model(*task.example_inputs)
+    with precision(model, task.autocast):
+        for function in filter(None, (task.score, task.test)):
+            checked_score(function(model), "score")
+    result = prunefront.search(
+        model,
+        task.example_inputs,
+        score=task.score,
+        test=task.test,
+        budget={"macs": "60%"},
+        calibration=task.calibration,
+        n_trials=1,
+        run_dir=tmp_path,
+        autocast=task.autocast,
+    )
+    assert prunefront.load(tmp_path)(*task.example_inputs).shape == model(*task.example_inputs).shape
+    assert result.space.groups
+
+
+def test_cifar_images_are_decoded_normalised_and_split_by_parity(cifar_folder):
+    task = cifar_resnet(20, str(cifar_folder), calibration_images=140)
+    search, test = task.score.keywords, task.test.keywords
+    assert search["labels"].tolist() == [0, 2, 4, 6, 8, 0] and test["labels"].tolist() == [1, 3, 5, 7, 9, 1]
+    third = test["images"][2] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert torch.allclose(third.mean(dim=(1, 2)) * 255, torch.tensor([5.0, 10.0, 100.0]), atol=2)
+    assert sum(len(batch) for batch in task.calibration) == 140
+
+
+def test_digits_splits_share_no_image():
+    parts = splits(seed=0)
+    assert [len(labels) for _, labels in parts] == [1078, 359, 360]
+    assert all(set(labels.tolist()) == set(range(10)) for _, labels in parts)
+
+
+def test_digits_training_learns_and_is_reproducible():
+    first, second = (digits(width=4, epochs=4) for _ in range(2))
+    model = first.make_model()
+    assert first.score(model) > 0.6
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.make_model().parameters(), strict=True))
+
+
+def test_accuracy_counts_right_answers():
+    images, labels = torch.eye(5), torch.tensor([0, 1, 2, 0, 0])
+    assert accuracy(torch.nn.Identity(), images, labels, batch_size=2) == pytest.approx(3 / 5)
+
+
+def test_bad_tasks(cifar_folder, tmp_path):
+    with pytest.raises(ConfigError, match="20, 56"):
+        cifar_resnet(18, str(cifar_folder))
+    with pytest.raises(ConfigError, match="resnet56_cifar10"):
+        cifar_resnet(56, str(cifar_folder))
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        custom(DigitsNet(4), "nowhere.accuracy", calibration=batches())
+    with pytest.raises(ConfigError, match="example_inputs"):
+        custom(DigitsNet(4), f"{__name__}.constant")
+    with pytest.raises(ConfigError, match="bfloat16, float16"):
+        custom(DigitsNet(4), f"{__name__}.constant", calibration=batches(), autocast="int8")

@@ -1,0 +1,106 @@
+"""Trackers: what W&B gets, read back from its offline file, and that no failure ends a search."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prunefront
+from prunefront.runners.tracking import Guarded, NoTracker, WandbTracker
+from prunefront.search.study import finished, read_study
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(path: Path) -> Iterator:
+    """The records of a ``.wandb`` file: LevelDB's log format, each a protocol buffer."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, body = path.read_bytes(), HEADER, b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        body += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(body)
+            body = b""
+            yield record
+
+
+def test_an_offline_run_holds_every_trial_the_front_and_the_models(digits_run):
+    file = next((digits_run / "wandb").glob("offline-run-*/*.wandb"))
+    found = list(records(file))
+    steps = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in found
+        if r.WhichOneof("record_type") == "history"
+    ]
+    trials = finished(read_study(digits_run))
+    assert [step["score"] for step in steps] == [trial.values[0] for trial in trials]
+    assert [step["macs"] for step in steps] == [trial.user_attrs["costs"]["macs"] for trial in trials]
+    assert all({"feasible", "best_score", "hypervolume", "params", "_step"} <= set(step) for step in steps)
+    assert steps[-1]["best_score"] == max(trial.values[0] for trial in trials)
+    volumes = [step["hypervolume"] for step in steps]
+    assert volumes == sorted(volumes) and volumes[0] > 0
+    artifacts = {r.artifact.type for r in found if r.WhichOneof("record_type") == "artifact"}
+    assert {"plans", "model", "run_table"} <= artifacts
+    media = {path.parent.name for path in file.parent.rglob("files/media/*/*")}
+    assert {"plotly", "table"} <= media
+
+
+class Broken:
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def start(self, *_: object) -> None:
+        self._fail("start")
+
+    def trial(self, *_: object) -> None:
+        self._fail("trial")
+
+    def finish(self, *_: object) -> None:
+        self._fail("finish")
+
+    def _fail(self, now: str) -> None:
+        if self.at == now:
+            raise ConnectionError("no network")
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+TRACKERS = {
+    "none": NoTracker,
+    "wandb": lambda: WandbTracker(mode="offline"),
+    **{f"broken {at}": lambda at=at: Broken(at) for at in ("start", "trial", "finish")},
+    "wandb that cannot start": lambda: WandbTracker(mode="sideways"),
+}
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_tracker_ends_a_search(tmp_path, caplog, net, name, fails):
+    tracker = Guarded(TRACKERS[name]())
+    answers = iter([float("nan")])  # the first trial fails
+
+    def score(model: nn.Module) -> float:
+        return next(answers, float(next(model.parameters()).detach().abs().sum()))
+
+    tracker.start({"seed": 0}, tmp_path, {"score": 1.0, "macs": 72.0}, "macs")
+    options = {"budget": {"macs": "60%"}, "run_dir": tmp_path, "n_trials": 4, "sampler": "random"}
+    result = prunefront.search(net, torch.zeros(1, 6), score=score, callbacks=(tracker.trial,), **options)
+    tracker.finish(None if fails else result)
+    assert len(finished(result.study)) == 3
+    fault = name.startswith("broken") or name == "wandb that cannot start"
+    assert ("tracking ends here" in caplog.text) == fault
