@@ -72,7 +72,7 @@ def table(rows: list[dict[str, object]]) -> str:
     for row in rows:
         accuracy, total = row["accuracy"], sum(row["seconds"].values())
         scores = " | ".join(f"{100 * accuracy[name]:.2f} %" for name in ("dense", "uniform", "picked"))
-        lines.append(f"| {row['model']} | {row['groups']} | {scores} | {total:.0f} s | {row['overhead']:.1%} |")
+        lines.append(f"| {row['model']} | {row['groups']} | {scores} | {total:.0f} s | {100 * row['overhead']:.1f} % |")
     return "\n".join(lines)
 
 
