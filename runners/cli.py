@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -102,10 +103,10 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> list[str]:
     kept = [override for override in stored if _key(override) not in given | {"run_dir"}]
     foreign = [override for override in kept if not _is_harmless(override, stored)]
     if foreign:
-        repeated = " ".join(_quoted(override) for override in foreign)
+        command = ["prunefront", "search", f"resume={run_dir}", *foreign]
         raise ConfigError(
             f"{run_dir} was started with code of its own, which is not run because a file says so; "
-            f"if it is yours, repeat: prunefront search resume={run_dir} {repeated}"
+            f"if it is yours, repeat: {shlex.join(command)}"
         )
     return [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -157,7 +157,7 @@ def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(in_tmp, capsys):
     assert main(["search", "resume=a", "n_trials=6"]) == 1
     advice = capsys.readouterr().err
     assert "repeat: prunefront search resume=a" in advice
-    repeated = re.findall(r"'([^']+)'", advice)
+    repeated = shlex.split(advice.partition("resume=a ")[2])
     assert repeated == own
     assert main(["search", "resume=a", "n_trials=6", *repeated]) == 0
     assert len(finished(read_study(in_tmp / "a"))) == 6
