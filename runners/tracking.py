@@ -139,7 +139,8 @@ class WandbTracker:
         for entry in result.front:
             plans.add_file(str(entry.path / "plan.json"), name=f"{entry.name}/plan.json")
         picked = wandb.Artifact(f"model-{self.run.id}", type="model", metadata=dict(result.best.metrics))
-        picked.add_dir(str(result.best.path))
+        for file in sorted(result.best.path.iterdir()):
+            picked.add_file(str(file))
         for artifact in (plans, picked):
             self.run.log_artifact(artifact)
         for key, value in result.best.metrics.items():
