@@ -42,7 +42,7 @@ def run(run_dir: Path, **options) -> prunefront.Result:
     return prunefront.search(model, INPUTS, run_dir=run_dir, **{**settings, "n_trials": 6, **options})
 
 
-@pytest.mark.parametrize("sampler", ["auto", "gp", "cmaes", "tpe", "random"])
+@pytest.mark.parametrize("sampler", ["auto", "gp", "cmaes", "tpe", "nsga2", "random"])
 def test_every_sampler_finds_models_within_the_budget(tmp_path, sampler):
     result = run(tmp_path, sampler=sampler, n_trials=8, test=fidelity)
     limit = result.space.dense_cost.macs / 2
