@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..search.saved import METRICS, load, read_json, read_plan, resolve
 from ..spaces.errors import StorageError
+from ..spaces.inputs import Inputs, output_tensors
 
 
 def check_model(path: Path) -> Iterator[str]:
@@ -28,7 +28,9 @@ def check_model(path: Path) -> Iterator[str]:
     params = sum(parameter.numel() for parameter in model.parameters())
     _compare("parameters", params, metrics.get("params"), folder)
     yield f"{params:,} parameters, as {METRICS} says"
-    inputs = [_example(described, folder) for described in content["inputs"]]
+    arguments = tuple(_example(described, folder) for described in content["inputs"])
+    keywords = {name: _example(described, folder) for name, described in content.get("keyword_inputs", {}).items()}
+    inputs = Inputs(arguments, keywords)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         outputs = _run(model, inputs, folder)
@@ -57,9 +59,8 @@ def _example(described: Any, folder: Path) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def _run(model: nn.Module, inputs: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
+def _run(model: nn.Module, inputs: Inputs, folder: Path) -> list[torch.Tensor]:
     try:
-        leaves = tree_leaves(model(*inputs))
+        return output_tensors(inputs.call(model))
     except Exception as error:  # whatever the model's forward raises
         raise StorageError(f"the model in {folder} does not run: {type(error).__name__}: {error}") from error
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -133,6 +133,8 @@ def _is_harmless(override: str, stored: Sequence[str]) -> bool:
         return override in ("task=digits", "task=cifar_resnet")
     if key == "tracker":
         return override in ("tracker=wandb", "tracker=none")
+    if key == "space":
+        return override in ("space=all", "space=widths", "space=depth", "space=uniform")
     return not key.startswith("task.") or "task=custom" not in stored
 
 
@@ -186,7 +188,7 @@ def command_help(name: str) -> str:
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
-    for group in ("task", "tracker"):
+    for group in ("task", "space", "tracker"):
         if f"- {group}:" in text:
             lines += ["", f"{group}=... one of"]
             for file in sorted((files / group).iterdir(), key=lambda file: file.name):

@@ -109,13 +109,7 @@ def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
     model = load(folder) if kept is not None and task.trains else task.make_model()
-    space = discover(
-        model,
-        task.example_inputs,
-        importance=config.space.importance,
-        round_to=config.space.round_to,
-        seed=config.seed,
-    )
+    space = discover(model, task.example_inputs, **_plain(config.space), seed=config.seed)
     if kept is None:
         metrics = dense_metrics(task, model, space.dense_cost)
         save_model(folder, model, None, {**metrics, "task": described}, task.example_inputs)
@@ -157,13 +151,7 @@ def space(config: DictConfig) -> None:
     task = make_task(config)
     with console.status("preparing the dense model"):
         model = task.make_model()
-        found = discover(
-            model,
-            task.example_inputs,
-            importance=config.space.importance,
-            round_to=config.space.round_to,
-            seed=config.seed,
-        )
+        found = discover(model, task.example_inputs, **_plain(config.space), seed=config.seed)
     console.print(space_table(found))
     smallest = found.cost_batch(found.smallest_widths()[None])[0]
     for (name, dense), least in zip(asdict(found.dense_cost).items(), smallest, strict=True):

@@ -22,8 +22,17 @@ class Budget:
 
 @dataclass
 class Space:
+    """Arguments of ``prunefront.discover``; the ratios and ``round_to``: one value, or values by kind or pattern."""
+
     importance: str = "l1"
-    round_to: int = 1
+    kinds: list[str] | None = None
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+    min_ratio: Any = 0.0
+    max_ratio: Any = 1.0
+    round_to: Any = 1
+    uniform: bool = False
+    proof: str = "auto"
 
 
 @dataclass
@@ -72,8 +81,9 @@ class NoTracker:
 @dataclass
 class SpaceCommand:
     task: Any = MISSING
-    space: Space = field(default_factory=Space)
+    space: Any = MISSING
     seed: int = 0
+    json: bool = False
 
 
 @dataclass
@@ -82,7 +92,7 @@ class Search:
     tracker: Any = MISSING
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
-    space: Space = field(default_factory=Space)
+    space: Any = MISSING
     sampler: str = "auto"
     n_trials: int = 100
     timeout_s: float | None = None
@@ -118,6 +128,7 @@ def register() -> None:
     store = ConfigStore.instance()
     commands = {"search": Search, "space": SpaceCommand, "front": Front, "report": Report, "load_check": LoadCheck}
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
+    groups |= {"space/options": Space}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

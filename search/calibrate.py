@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..spaces.errors import CalibrationError
+from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
 
 #: Fewer samples than this give statistics that are mostly noise.
@@ -44,10 +45,11 @@ def check_calibration(model: nn.Module, calibration: Iterable[Any] | None) -> No
         )
 
 
-def recalibrate(model: nn.Module, calibration: Iterable[Any] | None, inputs: int = 1) -> None:
+def recalibrate(model: nn.Module, calibration: Iterable[Any] | None, arguments: int = 1) -> None:
     """Replace the running statistics of every BatchNorm layer by their average over ``calibration``.
 
-    A batch is a tensor, or a tuple or list whose first ``inputs`` items are the model's arguments.
+    A batch is a tensor, a mapping of keyword arguments, or a tuple or list whose first ``arguments`` items are the
+    model's arguments.
     """
     layers = batch_norms(model)
     if not layers or calibration is None:
@@ -60,13 +62,15 @@ def recalibrate(model: nn.Module, calibration: Iterable[Any] | None, inputs: int
                 layer.momentum = None  # a cumulative average
                 layer.train()
             for batch in calibration:
-                model(*(batch[:inputs] if isinstance(batch, tuple | list) else (batch,)))
+                Inputs.of(batch[:arguments] if isinstance(batch, tuple | list) else batch).call(model)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
 
 
 def _first_tensor(batch: Any) -> torch.Tensor:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(first, torch.Tensor):
         raise CalibrationError(f"a calibration batch must be a tensor or start with one, not {type(batch).__name__}")

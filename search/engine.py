@@ -21,6 +21,8 @@ from torch import nn
 
 from ..spaces import Plan, Space, discover
 from ..spaces.errors import ConfigError, SearchError, StorageError
+from ..spaces.groups import KINDS
+from ..spaces.inputs import Inputs
 from .budget import KEYS, Limits, check_reachable, parse_budget
 from .calibrate import check_calibration
 from .candidates import Candidates, Score
@@ -37,6 +39,8 @@ SHARES = (0.1, 1.0)
 #: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
 COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
 MODES = ("budget", "front")
+#: Searched unless the user says otherwise.
+WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
 #: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
 COLUMNS = ("macs", "params", "memory_bytes", "size_bytes")
 
@@ -58,7 +62,8 @@ def search(
     seed: int = 0,
     run_dir: str | Path | None = None,
     importance: str = "l1",
-    round_to: int = 1,
+    kinds: Sequence[str] | None = WIDTH_KINDS,
+    round_to: int | Mapping[str, int] = 1,
     space: Space | None = None,
     autocast: torch.dtype | None = None,
     callbacks: Sequence[Callback] = (),
@@ -71,7 +76,9 @@ def search(
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; ``test`` is called for the front only. ``calibration`` is read once a candidate:
     batches of training data, to recalibrate BatchNorm. ``space``, from an earlier :func:`discover` of this model, saves
-    doing that again and brings its own importance and round_to. ``autocast`` runs recalibration and
+    doing that again and brings its own importance, kinds and round_to, and whatever else :func:`discover` can be told.
+    ``kinds`` are by default all but blocks: taking out whole blocks pays after a search of widths, or with training.
+    ``autocast`` runs recalibration and
     scores in this type.
     An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
     Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
@@ -87,13 +94,13 @@ def search(
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if space is None:
-        space = discover(model, example_inputs, importance=importance, round_to=round_to, seed=seed)
-    elif space.model is not model or (importance, round_to) != ("l1", 1):
-        raise ConfigError("space= brings its own model, importance and round_to; give them to discover() only")
+        space = discover(model, example_inputs, importance=importance, kinds=kinds, round_to=round_to, seed=seed)
+    elif space.model is not model or (importance, kinds, round_to) != ("l1", WIDTH_KINDS, 1):
+        raise ConfigError("space= brings its own model, importance, kinds and round_to; give them to discover() only")
     limits = parse_budget(budget or {}, space.dense_cost, may_be_empty=mode == "front")
     check_reachable(space, limits)
     check_calibration(model, calibration)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = Inputs.of(example_inputs)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     objective = objective_of(budget)
     header: dict[str, Any] = {
@@ -101,16 +108,17 @@ def search(
         "objective": objective,
         "budget": {key: str(value) for key, value in (budget or {}).items()},
         "importance": space.importance,
-        "round_to": space.round_to,
+        **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "seed": seed,
         "weights": weights_digest(model),
     }
     try:
         check_owner(directory, space, header)
         study = open_study(directory, mode)
-        chosen = make_sampler(sampler, mode, n_trials, len(space.groups), seed + len(study.get_trials(deepcopy=False)))
-        study.sampler = chosen  # seeded anew: a continued search must not draw the same numbers again
-        candidates = Candidates(space, calibration, len(inputs), autocast)
+        # Seeded anew: a continued search must not draw the same numbers again.
+        fresh_seed = seed + len(study.get_trials(deepcopy=False))
+        study.sampler = make_sampler(sampler, mode, n_trials, len(space.dimensions), fresh_seed)
+        candidates = Candidates(space, calibration, len(inputs.args), autocast)
         run = _Run(candidates, limits, study, score, objective)
         run.trials(n_trials, timeout_s, callbacks)
         return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason)
@@ -127,7 +135,7 @@ class _Run:
     ) -> None:
         self.candidates, self.space, self.timer = candidates, candidates.space, candidates.timer
         self.limits, self.study, self.score, self.objective = limits, study, score, objective
-        self.names = [group.name for group in self.space.groups]
+        self.names = list(self.space.dimensions)
         self.known = {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(study)}
         self.reason = ""
 

@@ -18,14 +18,15 @@ _STEPS = 1024
 def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str, float] | None = None) -> Plan:
     """The largest plan within ``budget`` whose kept shares are proportional to ``ratios`` (uniform by default).
 
-    ``ratios`` gives the relative share of units to keep by group name; groups that are not named have 1.
+    ``ratios`` gives the relative share of units to keep by dimension (a group, or groups of one width); those that are
+    not named have 1.
 
     Raises:
         BudgetError: the budget cannot be read, or no plan of the space can meet it.
         PlanError: an unknown group, or a ratio that is not a positive finite number.
     """
     ratios = dict(ratios or {})
-    names = [group.name for group in space.groups]
+    names = space.dimensions
     if unknown := set(ratios) - set(names):
         raise PlanError(f"unknown groups {sorted(unknown)}; this space has {', '.join(names)}")
     shares = np.array([float(ratios.get(name, 1.0)) for name in names])

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from torch import nn
 
 from ..spaces import Plan, Space
 from ..spaces.errors import SearchError, StorageError
+from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
 from .front import knee, non_dominated
 from .saved import METRICS, RESULT, read_json, read_saved, save_model, write_json
@@ -63,7 +63,7 @@ def collect(
     candidates: Candidates,
     objective: str,
     has_budget: bool,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     test: Score | None,
     reason: str,
 ) -> Result:
@@ -95,7 +95,7 @@ def _entry(
     run_dir: Path,
     trial: optuna.trial.FrozenTrial,
     candidates: Candidates,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     test: Score | None,
 ) -> Entry:
     plan = candidates.space.plan(trial.user_attrs["plan"]["widths"])

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..spaces import Plan
 from ..spaces.errors import StorageError
+from ..spaces.inputs import Inputs
 from ..spaces.proof import outputs_of
 from ..spaces.rebuild import describe, rebuild, refill
 from ..spaces.surgery import tensors_of
@@ -26,7 +26,7 @@ PLAN, WEIGHTS, METRICS, RESULT = "plan.json", "weights.safetensors", "metrics.js
 
 
 def save_model(
-    directory: Path, model: nn.Module, plan: Plan | None, metrics: Mapping[str, Any], example_inputs: tuple[Any, ...]
+    directory: Path, model: nn.Module, plan: Plan | None, metrics: Mapping[str, Any], example_inputs: Any
 ) -> None:
     """Write ``model`` to ``directory``, all of it or nothing; what was there before is replaced.
 
@@ -38,12 +38,14 @@ def save_model(
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
     structure = describe(model)
+    inputs = Inputs.of(example_inputs)
     content: dict[str, Any] = {
         "format": FORMAT,
         "plan": None if plan is None else plan.to_json(),
         "widths": None if plan is None else plan.widths,
-        "inputs": [_input(leaf) for leaf in tree_leaves(example_inputs)],
-        "needs_dense_model": _why_not_alone(model, structure, tensors, example_inputs),
+        "inputs": [_input(leaf) for leaf in inputs.args],
+        "keyword_inputs": {name: _input(leaf) for name, leaf in (inputs.kwargs or {}).items()},
+        "needs_dense_model": _why_not_alone(model, structure, tensors, inputs),
         "structure": structure,
     }
     temporary = directory.with_name(f".{directory.name}.tmp")
@@ -151,7 +153,7 @@ def _input(leaf: Any) -> Any:
 
 
 def _why_not_alone(
-    model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor], inputs: tuple[Any, ...]
+    model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor], inputs: Inputs
 ) -> str:
     """Empty if the description alone gives the same function."""
     parts = f"without {', '.join(structure['left_out'][:3])}" if structure["left_out"] else "from its description"

@@ -113,7 +113,7 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:
     if "fingerprint" not in found or not isinstance(found.get("search"), dict):
         raise StorageError(f"{path} is damaged: it does not describe a search; choose another run_dir")
     differing = [key for key, value in header.items() if found["search"].get(key) != value]
-    if found["fingerprint"] != space.fingerprint or "weights" in differing:
+    if "weights" in differing or (not differing and found["fingerprint"] != space.fingerprint):
         raise SearchError(f"the run directory {run_dir} belongs to another model; choose another run_dir")
     if differing:
         changes = ", ".join(f"{key} {found['search'].get(key)!r}, not {header[key]!r}" for key in differing)

@@ -8,16 +8,16 @@ half of what ``torch.utils.flop_counter`` counts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from .groups import Layout, Structure
+from .groups import Kept, Layout, Moment, Owner, Structure, Term
 
-#: Product of group indices (sorted, with repetition) -> coefficient.
+#: Product of variables (group indices, sorted, with repetition, then blocks) -> coefficient.
 Polynomial = dict[tuple[int, ...], int]
 
 
@@ -42,17 +42,23 @@ class Cost:
 
 
 class CostModel:
-    """Evaluates costs for whole batches of widths at once."""
+    """Evaluates costs for whole batches of plans at once.
+
+    The variables of the polynomials are the widths of the groups, then for every unit of every group of blocks whether
+    it stays (0 or 1), in the order of :meth:`variables`.
+    """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
-        parameters, size = _parameter_costs(model, structure)
-        macs = _sum(_product(constant, layouts) for constant, layouts in structure.work)
-        moments = _undominated([_sum(_product(n, layouts) for n, layouts in live) for live in structure.live])
+        self._groups = structure.groups
+        terms = _Terms(structure)
+        parameters, size = _parameter_costs(model, structure, terms)
+        macs = _sum(terms.polynomial(work) for work in structure.work)
+        moments = _undominated([_sum(terms.moment(moment)) for moment in structure.live])
         polynomials = [macs, parameters, size, *moments]
         monomials = sorted({monomial for polynomial in polynomials for monomial in polynomial})
         degree = max((len(monomial) for monomial in monomials), default=1) or 1
-        one = len(structure.groups)
-        self._index = np.array([[*m, *([one] * (degree - len(m)))] for m in monomials], dtype=np.intp)
+        self._one = terms.variables
+        self._index = np.array([[*m, *([self._one] * (degree - len(m)))] for m in monomials], dtype=np.intp)
         self._index = self._index.reshape(len(monomials), degree)
         position = {monomial: row for row, monomial in enumerate(monomials)}
         self._coefficients = np.zeros((len(monomials), len(polynomials)))
@@ -60,27 +66,65 @@ class CostModel:
             for monomial, coefficient in polynomial.items():
                 self._coefficients[position[monomial], column] = coefficient
 
-    def batch(self, widths: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Costs of ``widths`` (plans, groups) as ``(plans, 4)``: macs, params, memory_bytes, size_bytes."""
-        padded = np.ones((len(widths), widths.shape[1] + 1))
-        padded[:, :-1] = widths
-        values = padded[:, self._index[:, 0]]
+    def batch(
+        self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
+    ) -> NDArray[np.float64]:
+        """Costs as ``(plans, 4)``: macs, params, memory_bytes, size_bytes.
+
+        ``widths (plans, groups)``; ``blocks``: for every group of blocks in order, which units stay ``(plans, units)``.
+        """
+        values = np.column_stack([widths, *blocks, np.ones(len(widths))]).astype(np.float64)
+        products = values[:, self._index[:, 0]]
         for column in range(1, self._index.shape[1]):
-            values *= padded[:, self._index[:, column]]
-        totals = values @ self._coefficients
+            products *= values[:, self._index[:, column]]
+        totals = products @ self._coefficients
         memory = totals[:, 3:].max(axis=1) if totals.shape[1] > 3 else np.zeros(len(widths))
         return np.column_stack([totals[:, 0], totals[:, 1], memory, totals[:, 2]])
 
-    def __call__(self, widths: NDArray[np.integer]) -> Cost:
-        macs, params, memory, size = self.batch(widths[None])[0]
+    def __call__(self, kept: Kept) -> Cost:
+        """The cost of one plan, given the units that stay in every group."""
+        widths = np.array([[mask.sum() for mask in kept]])
+        blocks = [mask[None] for mask, group in zip(kept, self._groups, strict=True) if group.blocks]
+        macs, params, memory, size = self.batch(widths, blocks)[0]
         return Cost(int(macs), int(params), int(memory), int(size))
 
 
-def _parameter_costs(model: nn.Module, structure: Structure) -> tuple[Polynomial, Polynomial]:
-    counts = {name: _product(1, structure.tensors[name]) for name, _ in model.named_parameters()}
+class _Terms:
+    """Polynomials of terms; a term that comes often is expanded once."""
+
+    def __init__(self, structure: Structure) -> None:
+        self._known: dict[tuple[int, tuple[Layout, ...]], Polynomial] = {}
+        self._first: dict[int, int] = {}
+        self.variables = len(structure.groups)
+        for position, group in enumerate(structure.groups):
+            if group.blocks:
+                self._first[position] = self.variables
+                self.variables += group.size
+
+    def polynomial(self, term: Term) -> Polynomial:
+        key = (term.constant, term.layouts)
+        if key not in self._known:
+            self._known[key] = _product(term.constant, term.layouts)
+        return self._times(self._known[key], term.owners)
+
+    def moment(self, moment: Moment) -> list[Polynomial]:
+        return [self._times(self.polynomial(storage), moment.owners) for storage in moment.storages]
+
+    def _times(self, polynomial: Polynomial, owners: tuple[Owner, ...]) -> Polynomial:
+        if not owners:
+            return polynomial
+        present = tuple(sorted(self._first[group] + unit for group, unit in owners))
+        return {(*monomial, *present): coefficient for monomial, coefficient in polynomial.items()}
+
+
+def _parameter_costs(model: nn.Module, structure: Structure, terms: _Terms) -> tuple[Polynomial, Polynomial]:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    sizes = (_product(tensor.element_size(), structure.tensors[name]) for name, tensor in tensors.items())
-    return _sum(counts.values()), _sum(sizes)
+
+    def polynomial(name: str, constant: int) -> Polynomial:
+        return terms.polynomial(Term(constant, structure.tensors[name], structure.owners[name]))
+
+    counts = [polynomial(name, 1) for name, _ in model.named_parameters()]
+    return _sum(counts), _sum(polynomial(name, tensor.element_size()) for name, tensor in tensors.items())
 
 
 def _width(layout: Layout) -> Polynomial:

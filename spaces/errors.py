@@ -9,6 +9,10 @@ class TraceError(PrunefrontError):
     """The model could not be run on the example inputs."""
 
 
+class ModelError(PrunefrontError, TypeError):
+    """The model is wrapped, quantised or parametrised, and must be unwrapped first."""
+
+
 class EmptySpaceError(PrunefrontError, ValueError):
     """The model has nothing that may be pruned."""
 

@@ -37,6 +37,8 @@ def unit_scores(model: nn.Module, structure: Structure, criterion: str, seed: in
         generator = np.random.default_rng(seed)
         return [generator.random(group.size) for group in structure.groups]
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return [np.arange(group.size, 0, -1.0) for group in structure.groups]  # no numbers: the first ones stay
     scale_names = _normalisation_scales(model) if criterion == "bn_scale" else set()
     return [_score(i, g, structure, tensors, criterion, scale_names) for i, g in enumerate(structure.groups)]
 
@@ -44,17 +46,30 @@ def unit_scores(model: nn.Module, structure: Structure, criterion: str, seed: in
 def _score(
     index: int, group: Group, structure: Structure, tensors: dict[str, torch.Tensor], criterion: str, scales: set[str]
 ) -> Scores:
-    """Mean over the group's members of each unit's weight magnitude, every member relative to its own mean."""
+    """Mean over the group's members of each unit's weight magnitude, every member relative to its own mean.
+
+    Of a block: the mean magnitude of its parameters.
+    """
+    if group.blocks:
+        return np.array([_block_score(block, tensors, criterion) for block in group.blocks])
     function: Callable[[torch.Tensor], torch.Tensor] = l2 if criterion == "l2" else l1
     members = [m for m in group.members if m.tensor in tensors]
     chosen = [m for m in members if m.tensor in scales] or [m for m in members if tensors[m.tensor].dim() > 1]
     total = np.zeros(group.size)
     for member in chosen or members:
-        magnitudes = function(tensors[member.tensor].double()).movedim(member.dim, 0)
-        values = magnitudes.reshape(len(magnitudes), -1).sum(1)
+        tensor = tensors[member.tensor]
+        magnitudes = function(tensor if tensor.dtype == torch.float64 else tensor.float())
+        others = [dim for dim in range(tensor.dim()) if dim != member.dim]
+        values = magnitudes.sum(others, dtype=torch.float64) if others else magnitudes.double()
         scores = _per_unit(values.cpu().numpy(), structure.tensors[member.tensor][member.dim], index, structure)
         total += scores / max(scores.mean(), 1e-30)
     return total
+
+
+def _block_score(block: str, tensors: dict[str, torch.Tensor], criterion: str) -> float:
+    function = l2 if criterion == "l2" else l1
+    held = [tensor for name, tensor in tensors.items() if name.startswith(f"{block}.") and tensor.dim() > 1]
+    return float(np.mean([function(tensor.float()).mean().item() for tensor in held])) if held else 0.0
 
 
 def _per_unit(values: Scores, layout: tuple[tuple[int, ...], ...], index: int, structure: Structure) -> Scores:

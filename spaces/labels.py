@@ -70,7 +70,14 @@ def resolve(dimension: Dimension) -> Dimension:
     terms: list[Term] = []
     for term in dimension:
         terms.extend(_resolve_term(term))
-    return _merge_frozen_terms([_merge_frozen_factors(term) for term in terms])
+    return _as_selector(_merge_frozen_terms([_merge_frozen_factors(term) for term in terms]))
+
+
+def _as_selector(terms: Dimension) -> Dimension:
+    """A sum of the same term again and again is a product with a frozen selector, which other factors can multiply."""
+    if len(terms) < 2 or not terms[0] or any(term != terms[0] for term in terms):
+        return terms
+    return (_merge_frozen_factors((Factor(len(terms), STRUCTURAL), *terms[0])),)
 
 
 def is_frozen(dimension: Dimension) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .groups import Structure
-from .surgery import Kept, mask_model, slice_model
+from .groups import Kept, Structure
+from .huggingface import from_config
+from .inputs import Inputs, output_tensors
+from .surgery import mask_model, slice_model
 from .trace import evaluating
 
 #: Largest difference relative to the largest output, in double precision: far above rounding, far below any error.
@@ -19,63 +23,291 @@ TOLERANCE = 1e-9
 
 
 class Prover:
-    """Compares candidates with masked models in double precision."""
+    """Compares candidates with masked models in double precision.
 
-    def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        self._model = copy.deepcopy(model).double()
-        self._inputs = tree_map(_to_double, example_inputs)
+    Without numbers (``shapes_only``: meta tensors, or a model too large for a copy in double precision) only the shapes
+    of the candidates' outputs are checked. ``uniform``: a candidate must also be what its configuration says, so that a
+    Hugging Face model can be loaded again from it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, shapes_only: bool, uniform: bool) -> None:
+        self._shapes_only, self._uniform = shapes_only, uniform
+        if shapes_only:
+            self._model, self._inputs = on_meta(model), inputs.map(_to_meta)
+        else:
+            self._model, self._inputs = copy.deepcopy(model).double(), inputs.map(_to_double)
+            _stir(self._model)
+
+    def failures(self, structure: Structure, dimensions: Iterable[Sequence[str]]) -> dict[str, str]:
+        """Why groups cannot be removed, by name; all others can, together and each alone.
+
+        ``dimensions``: names of groups that are removed together. All are tried at once. If that fails they are added
+        in halves, so that a few that fail among many are found in a few runs, and groups that hold alone but not
+        together are told apart by the order of the model.
+        """
+        accepted: list[str] = []
+        found: dict[str, str] = {}
+        groups = {group.name: group for group in structure.groups}
+        phases: dict[tuple[bool, bool], list[Sequence[str]]] = {}
+        for names in dimensions:
+            # Exact ones first; inexact blocks come last: with them no numbers can be compared.
+            inexact = not all(groups[name].exact for name in names)
+            phases.setdefault((inexact, groups[names[0]].kind == "block"), []).append(names)
+        for phase in sorted(phases):
+            self._add(phases[phase], structure, accepted, found)
+        return found
+
+    def _add(
+        self, dimensions: list[Sequence[str]], structure: Structure, accepted: list[str], found: dict[str, str]
+    ) -> None:
+        names = [name for tied in dimensions for name in tied]
+        reason = self.failure(structure, [*accepted, *names])
+        if reason is None:
+            accepted += names
+        elif len(dimensions) == 1:
+            found |= dict.fromkeys(names, reason)
+        else:
+            middle = len(dimensions) // 2
+            for part in (dimensions[:middle], dimensions[middle:]):
+                self._add(part, structure, accepted, found)
 
     def failure(self, structure: Structure, names: list[str]) -> str | None:
-        """Why half of the units of the groups ``names`` cannot be removed together; None when they can.
+        """Why about half of the units of the groups ``names`` cannot be removed together; None when they can.
 
         Both halves are tried, so that every unit is removed once.
         """
         for half in (0, 1):
-            kept = _halved(structure, names, half)
-            if reason := self._compare(structure, kept, all(g.exact for g in structure.groups if g.name in names)):
+            kept = _halved(structure, names, half, self._uniform)
+            exact = all(group.exact for group in structure.groups if group.name in names)
+            if reason := self._compare(structure, kept, exact):
                 return reason
         return None
 
     def _compare(self, structure: Structure, kept: Kept, exact: bool) -> str | None:
-        expected = self._run(mask_model(self._model, structure, kept))
         try:
-            actual = self._run(slice_model(self._model, structure, kept))
+            candidate = slice_model(self._model, structure, kept)
+            comparable = Comparable(normalising=not exact)
+            with comparable:
+                actual = self._run(candidate)
+            with Comparable(normalising=False):
+                outputs = [] if exact else self._run(candidate)
         except Exception as error:  # whatever the user's forward raises on the pruned shapes
             return f"the pruned model fails: {type(error).__name__}: {error}"
-        for left, right in zip(expected, actual, strict=True):
-            if left.shape != right.shape:
-                return f"the pruned model's output has shape {tuple(right.shape)} instead of {tuple(left.shape)}"
-            if not torch.isfinite(right).all():
-                return "the pruned model's output is not finite"
-            difference, scale = (left - right).abs().max().item(), left.abs().max().item()
-            if exact and difference > TOLERANCE * max(scale, 1e-300):
-                return f"the pruned model differs from the masked one by {difference / max(scale, 1e-300):.1e}"
-        return None
+        if self._uniform and (reason := self._differs_from_config(candidate)):
+            return reason
+        if self._shapes_only:
+            return _differing_shapes(self._run(self._model), actual)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in [*outputs, *actual]):
+            return "the pruned model's output is not finite"
+        masked = mask_model(self._model, structure, kept)
+        with comparable, comparable.routing(masked, structure, kept):
+            expected = self._run(masked)
+        return _differing_shapes(expected, actual) or (
+            _differing_values(expected, actual) if _is_comparable(structure, kept) else None
+        )
+
+    def _differs_from_config(self, candidate: nn.Module) -> str | None:
+        """Why a new model of the candidate's configuration is not the candidate."""
+        try:
+            fresh = from_config(candidate)
+        except Exception as error:  # whatever the model's class says about such sizes
+            return f"its configuration makes no model: {type(error).__name__}: {error}"
+        shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (candidate, fresh)]
+        if shapes[0] != shapes[1]:
+            differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+            return f"its configuration makes a model of other shapes: {', '.join(differing[:3])}"
+        if self._shapes_only:
+            return None
+        fresh.double().load_state_dict(candidate.state_dict())
+        with Comparable(normalising=False):
+            differing_values = _differing_values(self._run(candidate), self._run(fresh))
+        return f"its configuration makes another model: {differing_values}" if differing_values else None
 
     def _run(self, model: nn.Module) -> list[torch.Tensor]:
-        return [leaf.double() for leaf in outputs_of(model, self._inputs)]
+        return [leaf if self._shapes_only else leaf.double() for leaf in outputs_of(model, self._inputs)]
 
 
-def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+class Comparable(TorchDispatchMode):
+    """Runs a model so that a removed unit and a zero are the same thing, and in double precision throughout.
+
+    Casts to a lower precision inside the forward would drown the comparison in rounding; they are left out.
+    ``normalising``: layer, group and root mean square normalisation, means and variances depend on how many units there
+    are, so that a sliced model differs from a masked one by nature. Here all of them divide by a constant instead: what
+    is left to differ is a wrong slice.
+    """
+
+    #: Stands for the number of elements in every mean.
+    COUNT = 64.0
+
+    def __init__(self, normalising: bool) -> None:
+        super().__init__()
+        self.normalising = normalising
+        self._experts: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = dict(kwargs or {})
+        if arguments.get("dtype") in (torch.float32, torch.bfloat16, torch.float16):
+            arguments["dtype"] = torch.float64
+        name = func.overloadpacket.__name__
+        if self._experts is not None and name in ("_softmax", "topk") and args[0].shape[-1] == len(self._experts):
+            args = (args[0].masked_fill(~self._experts, -torch.inf), *args[1:])
+        if name == "_grouped_mm":
+            return _grouped_product(args[0], args[1], args[2] if len(args) > 2 else arguments["offs"])
+        if self.normalising and name in _SURROGATES:
+            return _SURROGATES[name](func, args, arguments)
+        return func(*args, **arguments)
+
+    @contextmanager
+    def routing(self, masked: nn.Module, structure: Structure, kept: Kept) -> Iterator[None]:
+        """Routers of ``masked`` do not choose removed experts: a zero weight alone would not keep them from it."""
+        modules = dict(masked.named_modules())
+        with ExitStack() as hooks:
+            for group, mask in zip(structure.groups, kept, strict=True):
+                if group.kind == "expert" and not mask.all():
+                    module = modules[group.name.rpartition(".")[0]]
+                    left = torch.from_numpy(mask)
+                    hooks.callback(module.register_forward_pre_hook(lambda *_, left=left: self._enter(left)).remove)
+                    hooks.callback(module.register_forward_hook(lambda *_: self._enter(None)).remove)
+            yield
+
+    def _enter(self, experts: torch.Tensor | None) -> None:
+        self._experts = experts
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows up to the first end times the first matrix, and so on: the kernel has no double precision."""
+    parts = torch.tensor_split(rows, ends[:-1].cpu().long())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+def _constant_norm(x: torch.Tensor, dims: list[int], weight: Any, bias: Any) -> torch.Tensor:
+    """``x`` over the root of its sum of squares along ``dims``, as if there were always as many elements."""
+    scaled = x * torch.rsqrt(x.square().sum(dims, keepdim=True) / Comparable.COUNT + 1e-6)
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
+
+
+def _layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    x, shape, weight, bias = (*args, None, None)[:4]
+    result = _constant_norm(x, list(range(-len(shape), 0)), weight, bias)
+    return result, result.new_zeros(()), result.new_zeros(())
+
+
+def _rms_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    x, shape, weight = (*args, None)[:3]
+    result = _constant_norm(x, list(range(-len(shape), 0)), weight, None)
+    return result, result.new_zeros(())
+
+
+def _group_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    x, weight, bias, batch, channels, _, groups, _ = args
+    result = _constant_norm(x.reshape(batch, groups, -1), [-1], None, None).reshape(x.shape)
+    shape = [1, channels, *[1] * (x.dim() - 2)]
+    result = result if weight is None else result * weight.view(shape)
+    result = result if bias is None else result + bias.view(shape)
+    return result, result.new_zeros(()), result.new_zeros(())
+
+
+def _mean(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs) * (_reduced_count(args) / Comparable.COUNT)
+
+
+def _variance(func: Any, args: Any, kwargs: Any) -> Any:
+    dims = args[1] if len(args) > 1 and not isinstance(args[1], bool) else None
+    square = args[0].square().sum(dims, keepdim=kwargs.get("keepdim", False)) / Comparable.COUNT
+    name = func.overloadpacket.__name__
+    return square.sqrt() if name == "std" else (square, square * 0) if name == "var_mean" else square
+
+
+def _reduced_count(args: Any) -> int:
+    x, dims = args[0], args[1] if len(args) > 1 else None
+    return x.numel() if dims is None or dims == [] else int(np.prod([x.shape[d] for d in np.atleast_1d(dims)]))
+
+
+_SURROGATES = {
+    "native_layer_norm": _layer_norm,
+    "_fused_rms_norm": _rms_norm,
+    "native_group_norm": _group_norm,
+    "mean": _mean,
+    **dict.fromkeys(("var", "std", "var_mean"), _variance),
+}
+
+
+def outputs_of(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The tensors that ``model`` returns in evaluation mode, with the same random numbers every time."""
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output = model(*inputs)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return output_tensors(Inputs.of(example_inputs).call(model))
 
 
-def _halved(structure: Structure, names: list[str], half: int) -> Kept:
+def _stir(model: nn.Module) -> None:
+    """Move all weights and BatchNorm statistics a little: the proof is about shapes and slices, and a classifier that
+    starts at zero or a layer scale of 1e-6 would hide every error from it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += max(0.05, parameter.abs().mean().item()) / 4 * noise(parameter)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                module.running_mean += module.running_var.sqrt() / 4 * noise(module.running_var)  # type: ignore[operator]
+                module.running_var *= 1 + noise(module.running_var).abs() / 2
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with shapes and no numbers."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _is_comparable(structure: Structure, kept: Kept) -> bool:
+    """A block with a normalisation behind its sum is not the identity when its branches are zero."""
+    return all(g.exact or g.kind != "block" or mask.all() for g, mask in zip(structure.groups, kept, strict=True))
+
+
+def _differing_shapes(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> str | None:
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
+    return None if shapes[0] == shapes[1] else f"the pruned model's outputs have shapes {shapes[1]}, not {shapes[0]}"
+
+
+def _differing_values(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> str | None:
+    for left, right in zip(expected, actual, strict=True):
+        difference, scale = (left - right).abs().max().item(), left.abs().max().item()
+        if not difference <= TOLERANCE * max(scale, 1e-300):
+            return f"the pruned model differs from the masked one by {difference / max(scale, 1e-300):.1e}"
+    return None
+
+
+def _halved(structure: Structure, names: list[str], half: int, uniform: bool) -> Kept:
+    """About half of the units of each group; ``half`` 1 removes what 0 keeps.
+
+    It is a little more or less in every group (or kind of group, with ``uniform``), so that no two widths agree by
+    accident.
+    """
     generator = np.random.default_rng(0)
+    shares: dict[Any, float] = {}
     kept = []
     for group in structure.groups:
         mask = np.ones(group.size, dtype=bool)
+        order = generator.permutation(group.size)
+        share = shares.setdefault((group.kind, group.size) if uniform else group.name, generator.uniform(0.35, 0.65))
         if group.name in names:
-            order = generator.permutation(group.size)
-            removed = order[: group.size // 2] if half == 0 else order[group.size - (group.size + 1) // 2 :]
-            mask[removed[: group.size - 1]] = False
+            cut = min(max(1, round(share * group.size)), group.size - 1) if group.size > 1 else 0
+            removed = order[:cut] if half == 0 else order[cut:]
+            mask[removed[: group.size - group.at_least]] = False
         kept.append(mask)
     return kept
 
 
 def _to_double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+def _to_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,29 +15,65 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .cost import Cost, CostModel
+from .equivalents import replace
 from .errors import ConfigError, EmptySpaceError, PlanError
-from .groups import Frozen, Group, Structure, build_structure, freeze_group
+from .groups import Frozen, Group, Kept, Structure, build_structure, freeze_groups
+from .huggingface import inexpressible
 from .importance import unit_scores
+from .inputs import Inputs
+from .options import Options, check_kinds
 from .plan import Plan
 from .proof import Prover
-from .surgery import Kept, mask_model, slice_model
+from .residual import find_stacks
+from .surgery import mask_model, slice_model, tensors_of
 from .trace import Trace, record
+from .wrappers import check_model
 
 logger = logging.getLogger(__name__)
 
+PROOFS = ("auto", "full", "shapes")
+#: ``proof="auto"`` proves shapes alone above this: the full proof holds three copies in double precision.
+FULL_PROOF_BYTES = 4 * 2**30
+
 
 class Space:
-    """What may be removed from a model. Made by :func:`discover`; the model must not change shape afterwards."""
+    """What may be removed from a model. Made by :func:`discover`; the model must not change shape afterwards.
 
-    def __init__(self, model: nn.Module, structure: Structure, importance: str, round_to: int, seed: int) -> None:
-        self._model = model
-        self._structure = structure
-        self.importance, self.round_to, self.seed = importance, round_to, seed
+    A search sets one width a *dimension*: a group, or with ``uniform`` all groups of one kind and size. Arrays of
+    widths are in the order of :attr:`dimensions`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepared: nn.Module,
+        structure: Structure,
+        options: Options,
+        importance: str,
+        seed: int,
+        seconds: Mapping[str, float],
+    ) -> None:
+        self._model, self._prepared, self._structure = model, prepared, structure
+        self.options, self.importance, self.seed = options, importance, seed
+        #: Seconds that discovery took: trace, proof.
+        self.seconds = dict(seconds)
         self._position = {group.name: index for index, group in enumerate(structure.groups)}
-        self.sizes = np.array([group.size for group in structure.groups], dtype=np.int64)
-        self._cost = CostModel(model, structure)
-        scores = unit_scores(model, structure, importance, seed)
+        self._ties = _ties(structure.groups, options.uniform)
+        #: Names of what a search sets a width for.
+        self.dimensions = tuple(self._ties)
+        self._dimension_of = np.zeros(len(structure.groups), dtype=np.intp)
+        for dimension, members in enumerate(self._ties.values()):
+            self._dimension_of[members] = dimension
+        first = [structure.groups[members[0]] for members in self._ties.values()]
+        self.sizes = np.array([group.size for group in first], dtype=np.int64)
+        self._steps = np.array([max(self.options.step(g) for g in self._tied(g)) for g in first], dtype=np.int64)
+        bounds = [[self.options.bounds(g) for g in self._tied(group)] for group in first]
+        self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
+        self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
+        self._cost = CostModel(prepared, structure)
+        scores = unit_scores(prepared, structure, importance, seed)
         self._order = [np.argsort(-score, kind="stable") for score in scores]
+        self._rank = [np.argsort(order) for order in self._order]
         self.fingerprint = self._fingerprint()
 
     @property
@@ -54,16 +92,24 @@ class Space:
     def plan(self, widths: Mapping[str, int]) -> Plan:
         """The plan that keeps the ``widths[name]`` most important units; groups that are not named stay whole.
 
+        Names are those of groups, or of :attr:`dimensions`.
+
         Raises:
             PlanError: an unknown group, or a width that is not in 1..size.
         """
-        if unknown := set(widths) - set(self._position):
+        if unknown := set(widths) - set(self._position) - set(self._ties):
             raise PlanError(f"unknown groups {sorted(unknown)}; this space has {', '.join(self._position)}")
         kept = {}
-        for group, order in zip(self.groups, self._order, strict=True):
-            width = widths.get(group.name, group.size)
-            if isinstance(width, bool) or not isinstance(width, int | np.integer) or not 1 <= width <= group.size:
-                raise PlanError(f"width of {group.name} must be a whole number in 1..{group.size}, not {width!r}")
+        for position, (group, order) in enumerate(zip(self.groups, self._order, strict=True)):
+            tied = self.dimensions[self._dimension_of[position]]
+            width = widths.get(group.name, widths.get(tied, group.size))
+            valid = isinstance(width, int | np.integer) and not isinstance(width, bool)
+            if not valid or not group.at_least <= width <= group.size:
+                raise PlanError(
+                    f"width of {group.name} must be a whole number in {group.at_least}..{group.size}, not {width!r}"
+                )
+            if width % group.multiple_of and width != group.size:
+                raise PlanError(f"width of {group.name} must be a multiple of {group.multiple_of}, not {width}")
             kept[group.name] = order[:width]
         return Plan.of(kept)
 
@@ -76,113 +122,185 @@ class Space:
         if not 0 <= ratio < 1:
             raise PlanError(f"ratio must be in [0, 1), not {ratio!r}")
         chosen = {group.kind for group in self.groups} if kinds is None else set(kinds)
-        if unknown := chosen - {"channel", "neuron"}:
-            raise PlanError(f"unknown kinds {sorted(unknown)}; expected channel, neuron")
-        return self.plan({g.name: self.round_width(g, (1 - ratio) * g.size) for g in self.groups if g.kind in chosen})
-
-    def round_width(self, group: Group, width: float) -> int:
-        """The nearest allowed width: a multiple of ``round_to`` (or the full size only when ``width`` reaches it)."""
-        position = self._position[group.name]
-        widths = self.sizes.astype(float)
-        widths[position] = width
-        return int(self.round_widths(widths)[position])
+        try:
+            check_kinds(sorted(chosen))
+        except ConfigError as error:
+            raise PlanError(str(error)) from error
+        widths = self.round_widths((1 - ratio) * self.sizes.astype(np.float64))
+        by_group = zip(self.groups, widths[self._dimension_of], strict=True)
+        return self.plan({group.name: int(width) for group, width in by_group if group.kind in chosen})
 
     def cost(self, plan: Plan) -> Cost:
-        return self._cost(np.array([len(units) for units in self._units(plan)]))
+        return self._cost(self._kept(plan))
 
     def cost_batch(self, widths: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Costs of many plans at once: ``widths (plans, groups)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
-        return self._cost.batch(widths)
+        """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
+        by_group = widths[:, self._dimension_of]
+        blocks = [self._rank[i] < by_group[:, i, None] for i, group in enumerate(self.groups) if group.blocks]
+        return self._cost.batch(by_group, blocks)
 
     def smallest_widths(self) -> NDArray[np.int64]:
-        """The smallest allowed width of every group, shape ``(groups,)``."""
-        return self.round_widths(np.zeros(len(self.groups)))
+        """The smallest allowed width of every dimension, shape ``(dimensions,)``."""
+        return self.round_widths(np.zeros(len(self.sizes)))
 
     def next_widths(self, widths: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The next larger allowed width of every group; the same where it is whole already."""
-        return np.minimum((widths // self.round_to + 1) * self.round_to, self.sizes)
+        """The next larger allowed width of every dimension; the same where it is the largest already."""
+        return np.minimum((widths // self._steps + 1) * self._steps, self._high)
 
     def round_widths(self, widths: NDArray[np.float64]) -> NDArray[np.int64]:
-        """:meth:`round_width` of arrays ``(..., groups)``."""
-        sizes = self.sizes
-        step = np.minimum(self.round_to, sizes)
+        """The nearest allowed widths of arrays ``(..., dimensions)``: multiples of ``round_to``, and the full size only
+        where a width reaches it."""
+        sizes, step = self.sizes, self._steps
         rounded = np.maximum(step, np.round(widths / step) * step)
         below = np.maximum((sizes - 1) // step * step, 0)
         rounded = np.where(rounded >= sizes, np.where(below > 0, below, sizes), rounded)
-        return np.where(widths >= sizes, sizes, rounded).astype(np.int64)
+        rounded = np.where(widths >= sizes, sizes, rounded)
+        return np.clip(rounded, self._low, self._high).astype(np.int64)
 
     @property
     def dense_cost(self) -> Cost:
-        return self._cost(self.sizes)
+        return self._cost([np.ones(group.size, dtype=bool) for group in self.groups])
 
     def apply(self, plan: Plan) -> nn.Module:
         """A really smaller model with its own parameters, ready to train."""
-        return slice_model(self._model, self._structure, self._kept(plan))
+        return slice_model(self._prepared, self._structure, self._kept(plan))
 
     def mask(self, plan: Plan) -> nn.Module:
         """A model of dense shapes in which what the plan removes is zero."""
-        return mask_model(self._model, self._structure, self._kept(plan))
+        return mask_model(self._prepared, self._structure, self._kept(plan))
 
-    def _units(self, plan: Plan) -> list[tuple[int, ...]]:
+    def share_of_cost(self, group: Group) -> Cost:
+        """What of the dense cost goes when ``group`` is at its smallest and all others are whole."""
+        kept = [np.ones(g.size, dtype=bool) for g in self.groups]
+        index = self._position[group.name]
+        kept[index] = self._rank[index] < self._low[self._dimension_of[index]]
+        dense, least = self.dense_cost, self._cost(kept)
+        return Cost(
+            dense.macs - least.macs,
+            dense.params - least.params,
+            dense.memory_bytes - least.memory_bytes,
+            dense.size_bytes - least.size_bytes,
+        )
+
+    def _tied(self, group: Group) -> list[Group]:
+        dimension = self.dimensions[self._dimension_of[self._position[group.name]]]
+        return [self.groups[index] for index in self._ties[dimension]]
+
+    def _kept(self, plan: Plan) -> Kept:
         kept = dict(plan.kept)
         if set(kept) != set(self._position):
             raise PlanError("the plan belongs to another space: its groups differ")
+        masks = []
         for group in self.groups:
             units = kept[group.name]
-            if not units or units[-1] >= group.size:
-                raise PlanError(f"the plan keeps units of {group.name} outside 0..{group.size - 1}, or none")
-        return [kept[group.name] for group in self.groups]
-
-    def _kept(self, plan: Plan) -> Kept:
-        masks = [np.zeros(group.size, dtype=bool) for group in self.groups]
-        for mask, units in zip(masks, self._units(plan), strict=True):
+            if len(units) < group.at_least or units[-1] >= group.size:
+                raise PlanError(
+                    f"the plan keeps units of {group.name} outside 0..{group.size - 1}, or fewer than {group.at_least}"
+                )
+            mask = np.zeros(group.size, dtype=bool)
             mask[list(units)] = True
+            masks.append(mask)
         return masks
 
     def _fingerprint(self) -> str:
         layouts = sorted((name, layout) for name, layout in self._structure.tensors.items())
         groups = [(group.name, group.size) for group in self.groups]
-        return hashlib.sha256(json.dumps([groups, layouts]).encode()).hexdigest()[:16]
+        ties = self.dimensions if self.options.uniform else ()
+        return hashlib.sha256(json.dumps([groups, layouts, *ties]).encode()).hexdigest()[:16]
 
 
 def discover(
-    model: nn.Module, example_inputs: Any, *, importance: str = "l1", round_to: int = 1, seed: int = 0
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    importance: str = "l1",
+    kinds: Sequence[str] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    min_ratio: float | Mapping[str, float] = 0.0,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    round_to: int | Mapping[str, int] = 1,
+    uniform: bool = False,
+    proof: str = "auto",
+    seed: int = 0,
 ) -> Space:
     """Find and prove what may be removed from ``model``, which is not changed.
 
-    ``example_inputs`` is a tensor or the tuple of arguments of one forward pass; costs refer to these inputs.
+    ``example_inputs``: a tensor, a tuple of arguments, or a mapping of keyword arguments; costs refer to these inputs,
+    and of a forward that decides by its data the branch that they take is the one that is seen. ``kinds``, ``include``,
+    ``exclude``, ``min_ratio``, ``max_ratio``, ``round_to``, ``uniform``: see :class:`.options.Options`.
+    ``proof``: ``full`` compares numbers, ``shapes`` only runs pruned shapes without numbers (for models on the meta
+    device, or too large for three copies in double precision), ``auto`` chooses by the model's size and device.
 
     Raises:
+        ModelError: the model is wrapped, quantised or parametrised; the message says what to do.
         TraceError: the model rejects the inputs or its output is not finite.
         EmptySpaceError: nothing can be pruned; the message says why.
-        ConfigError: unknown importance, or round_to below 1.
+        ConfigError: an option has an unknown name or a value out of range.
     """
-    if round_to < 1:
-        raise ConfigError(f"round_to must be at least 1, not {round_to}")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    trace = record(model, inputs)
-    structure = _prove(model, inputs, trace)
+    options = Options(kinds, tuple(include), tuple(exclude), min_ratio, max_ratio, round_to, uniform)
+    if proof not in PROOFS:
+        raise ConfigError(f"unknown proof {proof!r}; expected one of {', '.join(PROOFS)}")
+    check_model(model)
+    inputs = Inputs.of(example_inputs)
+    started = time.perf_counter()
+    prepared = replace(model)
+    trace = record(prepared, inputs)
+    trace.blocks = find_stacks(prepared, trace.calls)
+    structure = build_structure(trace)
+    options.check([group.name for group in structure.groups])
+    structure = _leave_out(trace, structure, _unwanted(prepared, structure, options))
+    traced = time.perf_counter()
+    prover = Prover(prepared, inputs, _only_shapes(prepared, proof), uniform)
+    tied = _ties(structure.groups, uniform).values()
+    failures = prover.failures(structure, [[structure.groups[i].name for i in members] for members in tied])
+    for name, reason in failures.items():
+        logger.warning("group %s is left out: %s", name, reason)
+    structure = _leave_out(trace, structure, {name: f"failed its proof: {why}" for name, why in failures.items()})
+    seconds = {"trace": traced - started, "proof": time.perf_counter() - traced}
     if not structure.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in structure.frozen[:5])
         raise EmptySpaceError(f"nothing in this model can be pruned ({reasons or 'no weights were used'})")
-    return Space(model, structure, importance, round_to, seed)
+    return Space(model, prepared, structure, options, importance, seed, seconds)
 
 
-def _prove(model: nn.Module, inputs: tuple[Any, ...], trace: Trace) -> Structure:
-    """Try all exact groups together, then each alone if that fails; inexact groups each alone."""
-    prover = Prover(model, inputs)
-    structure = build_structure(trace)
-    exact = [group.name for group in structure.groups if group.exact]
-    suspects = [group.name for group in structure.groups if not group.exact]
-    if prover.failure(structure, exact) is not None:
-        suspects += exact
-    failures = {name: reason for name in suspects if (reason := prover.failure(structure, [name]))}
-    # Positions shift as groups freeze: freeze by name from the last to the first.
-    for name in sorted(failures, key=[group.name for group in structure.groups].index, reverse=True):
-        logger.warning("group %s is left out: %s", name, failures[name])
-        freeze_group(trace, structure, name, f"failed its proof: {failures[name]}")
-    structure = build_structure(trace)
-    names = [group.name for group in structure.groups if group.exact]
-    if failures and prover.failure(structure, names) is not None:
-        raise EmptySpaceError(f"the groups of this model hold alone but not together: {', '.join(names)}")
-    return structure
+def _unwanted(model: nn.Module, structure: Structure, options: Options) -> dict[str, str]:
+    """Groups to be left alone, with the reason."""
+    unwanted = {group.name: reason for group in structure.groups if (reason := options.excludes(group)) is not None}
+    if options.uniform:
+        unwanted |= {name: why for name, why in inexpressible(model, structure).items() if name not in unwanted}
+    return unwanted
+
+
+def _leave_out(trace: Trace, structure: Structure, reasons: dict[str, str]) -> Structure:
+    if not reasons:
+        return structure
+    freeze_groups(trace, structure, reasons)
+    return build_structure(trace)
+
+
+def _only_shapes(model: nn.Module, proof: str) -> bool:
+    tensors = tensors_of(model).values()
+    if any(tensor.is_meta for tensor in tensors):
+        if proof == "full":
+            raise ConfigError("proof=full compares numbers, and this model is on the meta device, which has none")
+        return True
+    too_large = 8 * sum(tensor.numel() for tensor in tensors) > FULL_PROOF_BYTES
+    if proof == "auto" and too_large:
+        logger.warning("the model is large: only shapes are proven; proof=full compares numbers too")
+    return proof == "shapes" or (proof == "auto" and too_large)
+
+
+def _ties(groups: Sequence[Group], uniform: bool) -> dict[str, list[int]]:
+    """Positions of the groups that share a width, by the name of the dimension."""
+    if not uniform:
+        return {group.name: [position] for position, group in enumerate(groups)}
+    shared: dict[tuple[str, int], list[int]] = {}
+    for position, group in enumerate(groups):
+        shared.setdefault((group.kind, group.size), []).append(position)
+    ties: dict[str, list[int]] = {}
+    for (kind, size), members in shared.items():
+        names = {re.sub(r"\d+", "*", groups[member].name) for member in members}
+        name = groups[members[0]].name if len(members) == 1 else names.pop() if len(names) == 1 else f"{kind}:{size}"
+        ties[name if name not in ties else f"{kind}:{size}"] = members
+    return ties

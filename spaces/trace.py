@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import TraceError
-from .labels import Dimension, fixed, freeze, fresh, size, unify
+from .inputs import Inputs, output_tensors
+from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
+from .residual import ModuleCalls, Stack
+from .sizes import CREATING, Site, TracedInt, sizes_in_call, traced_integers
 
 logger = logging.getLogger(__name__)
 
 Label = list[Dimension]
+#: Names of the modules that are running, outermost first; what is done inside a removed block is not done at all.
+Scope = tuple[str, ...]
 
 
 @dataclass
@@ -28,6 +35,7 @@ class Work:
 
     constant: int
     dimensions: Label
+    scope: Scope
 
 
 @dataclass
@@ -36,6 +44,14 @@ class Storage:
 
     itemsize: int
     label: Label
+
+
+@dataclass
+class Moment:
+    """The allocations alive after an operator."""
+
+    storages: list[Storage]
+    scope: Scope
 
 
 @dataclass
@@ -48,6 +64,16 @@ class IntegerSite:
 
 
 @dataclass
+class ScaleSite:
+    """An attention whose scale is computed from the width of ``head_dim``: the ``rows`` of dimension ``dim`` of the
+    parameters, which make the queries, take up the change."""
+
+    head_dim: Dimension
+    parameters: list[tuple[str, int]]
+    rows: list[int]
+
+
+@dataclass
 class Hint:
     """What an operator tells about a dimension: ``producer`` of it, its ``kind``, or that it is ``inexact``."""
 
@@ -57,16 +83,55 @@ class Hint:
 
 
 @dataclass
+class Producer:
+    """The parameters that an operator multiplied to make dimension ``dim`` of its output."""
+
+    parameters: list[tuple[str, int]]
+    stride: int
+    size: int
+
+
+@dataclass
+class Copied:
+    """How the elements of a copy lie in the memory that it was copied from."""
+
+    source: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    source_offset: int
+
+    def offsets(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Offsets in the source of the elements at ``offsets`` in the copy."""
+        found = torch.full_like(offsets, self.source_offset)
+        for length, stride, other in zip(self.shape, self.strides, self.source_strides, strict=True):
+            if length > 1:
+                found += offsets // stride % length * other
+        return found
+
+
+@dataclass
 class Trace:
     """Everything that one forward pass revealed. Labels are resolved when they are read."""
 
     parameters: dict[str, Label] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
-    #: Activations alive at once, after each operator that allocated.
-    live: list[list[Storage]] = field(default_factory=list)
+    live: list[Moment] = field(default_factory=list)
+    #: Attributes whose meaning a rule knows.
+    known_sites: list[IntegerSite] = field(default_factory=list)
+    #: Attributes whose value equals the size of a dimension that their module has shaped.
     sites: list[IntegerSite] = field(default_factory=list)
+    #: The same, seen in the calls themselves instead of concluded from equal values.
+    given_sizes: list[IntegerSite] = field(default_factory=list)
+    #: Attributes that the forward calculates with, as (module, attribute).
+    calculated: set[Site] = field(default_factory=set)
+    scales: list[ScaleSite] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
+    calls: ModuleCalls = field(default_factory=ModuleCalls)
     unknown_operators: set[str] = field(default_factory=set)
+    #: Blocks that can be taken out, stack by stack, and stacks that were refused, with the reason.
+    blocks: list[Stack] = field(default_factory=list)
+    refused_blocks: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -76,8 +141,11 @@ class Call:
     name: str
     arguments: dict[str, Any]
     outputs: list[torch.Tensor]
-    module: str
     recorder: Recorder
+
+    @property
+    def module(self) -> str:
+        return self.recorder.stack[-1]
 
     @property
     def why(self) -> str:
@@ -101,15 +169,28 @@ class Call:
     def hint(self, dimension: Dimension, role: str, text: str = "") -> None:
         self.recorder.trace.hints.append(Hint(dimension, role, text or self.module))
 
+    def inexact(self, dimension: Dimension) -> None:
+        """The operator's result depends on how many elements there are."""
+        if not is_frozen(dimension):
+            self.hint(dimension, "inexact", f"normalised by {self.why}")
+
     def work(self, constant: int, *dimensions: Dimension) -> None:
-        self.recorder.trace.work.append(Work(constant, list(dimensions)))
+        self.recorder.trace.work.append(Work(constant, list(dimensions), tuple(self.recorder.stack)))
 
     def integer(self, value: int, dimension: Dimension) -> None:
         """The forward used ``value`` as a size of ``dimension``: attributes that hold it follow its width."""
-        module = self.recorder.modules.get(self.module)
-        for attribute, held in vars(module).items() if module is not None else ():
-            if type(held) is int and held == value and value > 1:
-                self.recorder.trace.sites.append(IntegerSite(self.module, attribute, dimension))
+        if value > 1 and not is_frozen(dimension):
+            module = self.recorder.modules.get(self.module)
+            for attribute, held in vars(module).items() if module is not None else ():
+                if isinstance(held, TracedInt) and held == value:
+                    self.recorder.trace.sites.append(IntegerSite(self.module, attribute, dimension))
+
+    def is_weight(self, argument: str) -> bool:
+        return self.recorder.parameter_of(self.arguments[argument]) is not None
+
+    def produced(self, dim: int, weight: str, weight_dim: int, bias: str | None) -> None:
+        """Dimension ``dim`` of the output is made by dimension ``weight_dim`` of the argument ``weight``."""
+        self.recorder.note_producer(self.outputs[0], dim, self[weight], weight_dim, self[bias] if bias else None)
 
 
 class Recorder(TorchDispatchMode):
@@ -121,49 +202,142 @@ class Recorder(TorchDispatchMode):
         self.modules = dict(model.named_modules())
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[str] = [""]
+        self.muted = False
+        #: The experts among which a router has chosen last.
+        self.routed: Dimension | None = None
+        #: Widths of heads, by the module that attends.
+        self.head_dims: dict[str, list[Dimension]] = {}
         self._labels = WeakTensorKeyDictionary()
-        self._constants = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-        self._storages: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            label = [fresh(length) for length in tensor.shape]
-            self._labels[tensor] = label
-            self.trace.parameters[name] = label
+        self._storages = WeakTensorKeyDictionary()
+        self._producers: dict[int, Producer] = {}
+        self._copies: dict[int, Copied] = {}
+        self._pending_softmax: list[tuple[Dimension, str]] = []
+        self._used: set[str] = set()
+        self._constants: dict[int, str] = {}
+        self._state = dict([*model.named_parameters(), *model.named_buffers()])
+        for name, tensor in self._state.items():
+            self._constants.setdefault(storage_key(tensor), name)
+            self._labels[tensor] = self.trace.parameters[name] = [fresh(length) for length in tensor.shape]
 
     def label(self, tensor: torch.Tensor) -> Label:
         """The label of ``tensor``; one that no rule has seen is fixed."""
         if tensor not in self._labels:
             reason = "made inside the forward"
             self._labels[tensor] = [fixed(length, reason) for length in tensor.shape]
-        return self._labels[tensor]
+        label: Label = self._labels[tensor]
+        return label
 
-    def mark_input(self, value: Any) -> None:
-        for tensor in _tensors(value):
+    def parameter_of(self, tensor: torch.Tensor) -> str | None:
+        """The parameter or buffer that ``tensor`` is, or is a view of."""
+        return self._constants.get(storage_key(tensor))
+
+    def mark_input(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
             self._labels[tensor] = [fixed(length, "input of the model") for length in tensor.shape]
             self._allocate(tensor)
 
-    def mark_output(self, value: Any) -> None:
-        for tensor in _tensors(value):
+    def finish(self, output: Any) -> None:
+        """Freeze what the model returns, what it does not use, and softmaxes that are no routing."""
+        for tensor in output_tensors(output):
             for dimension in self.label(tensor):
                 freeze(dimension, "output of the model")
+        for name, label in self.trace.parameters.items():
+            for dimension in label if name not in self._used else ():
+                freeze(dimension, "not used on the example inputs")
+        routed = {id(f) for h in self.trace.hints if h.text == "expert" for t in resolve(h.dimension) for f in t}
+        for dimension, why in self._pending_softmax:
+            if not all(id(f) in routed for term in resolve(dimension) for f in term):
+                freeze(dimension, why)
+
+    def await_routing(self, dimension: Dimension, why: str) -> None:
+        """Freeze ``dimension`` in the end unless it turns out to be the experts of a router."""
+        self._pending_softmax.append((dimension, why))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.muted:
+            self.record(func, _bind(func, args, kwargs or {}), result)
+        return result
+
+    def record(self, func: Any, arguments: dict[str, Any], result: Any) -> None:
+        """Label the outputs of one operator."""
         from .rules import apply_rule
 
-        result = func(*args, **(kwargs or {}))
         outputs = _tensors(result)
-        arguments = _bind(func, args, kwargs or {})
-        call = Call(func.overloadpacket.__name__, arguments, outputs, self.stack[-1], self)
-        labels = apply_rule(func, call)
-        for tensor, label in zip(outputs, labels, strict=True):
+        call = Call(func.overloadpacket.__name__, arguments, outputs, self)
+        held = {storage_key(tensor) for tensor in call.tensors()}
+        for tensor in outputs:
+            if (key := storage_key(tensor)) not in held:
+                self._copies.pop(key, None)
+                self._producers.pop(key, None)  # memory is used again: what was known is about a dead tensor
+        self.label_outputs(call, apply_rule(func, call))
+
+    def label_outputs(self, call: Call, labels: list[Label]) -> None:
+        for tensor, label in zip(call.outputs, labels, strict=True):
             if [size(dimension) for dimension in label] != list(tensor.shape):
                 raise AssertionError(f"rule of {call.why} labelled {tuple(tensor.shape)} as {[size(d) for d in label]}")
             self._labels[tensor] = label
             self._allocate(tensor)
+        inputs = call.tensors()
+        for tensor in inputs:
+            if (name := self.parameter_of(tensor)) is not None:
+                self._used.add(name)
+        self.trace.calls.operator(call.name, inputs, call.outputs)
         self._note_live()
-        return result
+
+    def note_producer(
+        self, output: torch.Tensor, dim: int, weight: torch.Tensor, weight_dim: int, bias: torch.Tensor | None
+    ) -> None:
+        name = self.parameter_of(weight)
+        if name is None:
+            return
+        held = self._state[name]
+        strides = [d for d in range(held.dim()) if held.stride(d) == weight.stride(weight_dim)]
+        if len(strides) != 1 or held.shape[strides[0]] != weight.shape[weight_dim]:
+            return
+        parameters = [(name, strides[0])]
+        if bias is not None:
+            bias_name = self.parameter_of(bias)
+            if bias_name is None:
+                return
+            parameters.append((bias_name, 0))
+        self._producers[storage_key(output)] = Producer(parameters, output.stride(dim), output.shape[dim])
+
+    def note_bias(self, output: torch.Tensor, product: torch.Tensor, bias: torch.Tensor) -> None:
+        """``output`` is the product of some parameters plus another one along its last dimension."""
+        producer, name = self._producers.get(storage_key(product)), self.parameter_of(bias)
+        if producer is not None and name is not None and bias.dim() == 1 and producer.size == len(bias):
+            parameters = [*producer.parameters, (name, 0)]
+            self._producers[storage_key(output)] = Producer(parameters, output.stride(-1), output.shape[-1])
+
+    def note_copy(self, output: torch.Tensor, source: torch.Tensor) -> None:
+        """``output`` holds the elements of ``source`` in other places."""
+        if output.storage_offset() == 0 and storage_key(output) != storage_key(source):
+            self._copies[storage_key(output)] = Copied(
+                storage_key(source),
+                tuple(output.shape),
+                tuple(output.stride()),
+                tuple(source.stride()),
+                int(source.storage_offset()),
+            )
+
+    def rows_of(self, tensor: torch.Tensor) -> tuple[list[tuple[str, int]], list[int]] | None:
+        """The parameters, and the rows of them, that made ``tensor (..., heads, length, head_dim)``, a view or copy."""
+        offsets = torch.tensor([tensor.storage_offset()])
+        for dim in (-3, -1) if tensor.dim() > 2 else (-1,):
+            steps = torch.arange(tensor.shape[dim]) * tensor.stride(dim)
+            offsets = (offsets[:, None] + steps).reshape(-1)
+        key = storage_key(tensor)
+        while key in self._copies:
+            offsets, key = self._copies[key].offsets(offsets), self._copies[key].source
+        producer = self._producers.get(key)
+        if producer is None:
+            return None
+        rows = (offsets // producer.stride) % producer.size
+        return producer.parameters, sorted(set(rows.tolist()))
 
     def _allocate(self, tensor: torch.Tensor) -> None:
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor)
         if key not in self._constants and tensor not in self._storages:
             self._storages[tensor] = (key, Storage(tensor.element_size(), self._labels[tensor]))
 
@@ -173,7 +347,44 @@ class Recorder(TorchDispatchMode):
             known = owners.get(key)
             if known is None or _elements(storage) > _elements(known):
                 owners[key] = storage
-        self.trace.live.append(list(owners.values()))
+        self.trace.live.append(Moment(list(owners.values()), tuple(self.stack)))
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """Sees what operators no longer show: which attributes gave the sizes, and whether an attention's scale is given.
+
+    Fused attention is labelled as one operator, whatever kernel runs it.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            result = func(*args, **(kwargs or {}))
+            for site, (tensor, dim) in sizes_in_call(getattr(func, "__name__", ""), args, kwargs or {}, result):
+                if func.__name__ in CREATING:
+                    self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
+                self.recorder.trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
+            return result
+        from .rules.attention import fused_attention
+
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        arguments = {"attn_mask": None, "scale": None, **dict(zip(names, args, strict=False)), **(kwargs or {})}
+        self.recorder.muted = True
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self.recorder.muted = False
+        call = Call("scaled_dot_product_attention", arguments, [result], self.recorder)
+        self.recorder.label_outputs(call, fused_attention(call))
+        return result
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identifies the memory of ``tensor`` while it lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _elements(storage: Storage) -> int:
@@ -199,31 +410,43 @@ def _bind(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
-def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Trace:
+def record(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace one forward pass of ``model`` in evaluation mode.
 
     Raises:
         TraceError: the model rejects the example inputs, or its output is not finite.
     """
+    inputs = Inputs.of(example_inputs)
     recorder = Recorder(model)
-    recorder.mark_input(example_inputs)
+    recorder.mark_input(inputs.tensors())
     try:
-        with evaluating(model), torch.no_grad(), _module_stack(recorder), recorder:
-            output = model(*example_inputs)
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            _module_stack(recorder),
+            traced_integers(recorder.modules, recorder.trace.calculated),
+            FunctionRecorder(recorder),
+            recorder,
+        ):
+            output = inputs.call(model)
     except AssertionError:
         raise
     except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in _tensors(example_inputs)]
+        shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
         raise TraceError(
             f"the model rejects the example inputs (shapes {shapes}): {type(error).__name__}: {error}. "
-            "Pass example_inputs that model(*example_inputs) accepts"
+            "Pass example_inputs that the model accepts: a tensor, a tuple of arguments, or a dictionary of them"
         ) from error
-    if not all(torch.isfinite(tensor).all() for tensor in _tensors(output) if tensor.is_floating_point()):
+    if not all(_is_finite(tensor) for tensor in output_tensors(output)):
         raise TraceError("the model's output on the example inputs is not finite; nothing can be checked against it")
-    recorder.mark_output(output)
+    recorder.finish(output)
     if recorder.trace.unknown_operators:
         logger.info("operators without a rule, frozen: %s", ", ".join(sorted(recorder.trace.unknown_operators)))
     return recorder.trace
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 @contextmanager
@@ -240,18 +463,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _module_stack(recorder: Recorder) -> Iterator[None]:
-    """Keep the name of the module that is running."""
+    """Keep the names of the modules that are running, and what goes in and out of each."""
+    calls = recorder.trace.calls
 
-    def enter(module: nn.Module, _: Any) -> None:
-        recorder.stack.append(recorder.names.get(module, recorder.stack[-1]))
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = recorder.names[module]
+        recorder.stack.append(name)
+        calls.enter(name, args, kwargs)
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        recorder.stack.pop()
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.leave(recorder.stack.pop(), output)
 
-    before = nn.modules.module.register_module_forward_pre_hook(enter)
-    after = nn.modules.module.register_module_forward_hook(leave)
-    try:
+    with ExitStack() as hooks:
+        for module in recorder.modules.values():
+            _add(hooks, module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            _add(hooks, module.register_forward_hook(leave, with_kwargs=True))
         yield
-    finally:
-        before.remove()
-        after.remove()
+
+
+def _add(hooks: ExitStack, handle: Any) -> None:
+    remove: Callable[[], None] = handle.remove
+    hooks.callback(remove)

@@ -16,8 +16,8 @@ class Task:
 
     #: Loads or trains the dense model.
     make_model: Callable[[], nn.Module]
-    #: The arguments of one forward pass; costs refer to these inputs.
-    example_inputs: tuple[Any, ...]
+    #: One forward pass: a tensor, a tuple of arguments, or a mapping of keyword arguments; costs refer to it.
+    example_inputs: Any
     #: Batches of training data, readable again and again, for BatchNorm.
     calibration: Iterable[Any] | None
     #: Higher is better; on data that is neither training nor test data.

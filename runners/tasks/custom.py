@@ -24,7 +24,8 @@ def custom(
 ) -> Task:
     """``score`` and ``test`` name functions of a model (``my_module.accuracy``); the rest are instances.
 
-    ``example_inputs`` is a tensor or a sequence of them; without it, the first sample of ``calibration``.
+    ``example_inputs`` is a tensor, a sequence of them, or a mapping of keyword arguments; without it, the first sample
+    of ``calibration``.
 
     Raises:
         ConfigError: a part is missing, is of the wrong kind, or names something that does not exist.
@@ -47,11 +48,9 @@ def custom(
     )
 
 
-def _inputs(example_inputs: Any, calibration: Iterable[Any] | None) -> tuple[Any, ...]:
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,)
+def _inputs(example_inputs: Any, calibration: Iterable[Any] | None) -> Any:
     if example_inputs is not None:
-        return tuple(example_inputs)
+        return tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     batch = next(iter(calibration or ()), None)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(first, torch.Tensor):

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..labels import fixed
 from ..trace import Call, Label
-from . import contraction, normalisation, shape, spatial
+from . import contraction, normalisation, routing, shape, spatial
 from .pointwise import POINTWISE_NAMES, pointwise
+from .unknown import unknown
 
 Rule = Callable[[Call], list[Label]]
 
-RULES: dict[str, Rule] = {**contraction.RULES, **normalisation.RULES, **shape.RULES, **spatial.RULES}
+RULES: dict[str, Rule] = {**contraction.RULES, **normalisation.RULES, **routing.RULES, **shape.RULES, **spatial.RULES}
 
 
 def apply_rule(func: Any, call: Call) -> list[Label]:
@@ -31,13 +31,3 @@ def apply_rule(func: Any, call: Call) -> list[Label]:
     if torch.Tag.pointwise in func.tags or name in POINTWISE_NAMES:
         return pointwise(call)
     return unknown(call)
-
-
-def unknown(call: Call) -> list[Label]:
-    tensors = call.tensors()
-    if tensors:
-        call.recorder.trace.unknown_operators.add(call.name)
-    for tensor in tensors:
-        for dimension in call.recorder.label(tensor):
-            call.freeze(dimension, "no rule for this operator")
-    return [[fixed(length, f"made by {call.why}") for length in tensor.shape] for tensor in call.outputs]

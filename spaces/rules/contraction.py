@@ -6,6 +6,9 @@ import math
 
 from ..labels import STRUCTURAL, Dimension, fixed, freeze, fresh, multiply, size
 from ..trace import Call, IntegerSite, Label
+from .attention import hint_attention
+from .routing import use_experts
+from .unknown import unknown
 
 
 def convolution(call: Call) -> list[Label]:
@@ -29,6 +32,7 @@ def convolution(call: Call) -> list[Label]:
         freeze(dimension, STRUCTURAL)
     kernel = math.prod(size(dimension) for dimension in weight[2:])
     call.work(kernel, *walked, weight[1])
+    call.produced(1, "weight", 1 if transposed else 0, "bias")
     call.hint(produced, "producer")
     call.hint(produced, "kind", "channel")
     call.hint(source[1], "kind", "channel")
@@ -47,7 +51,7 @@ def _grouped(call: Call, source: Label, weight: Label, groups: int) -> Dimension
         call.unify(multiply([count, fresh(size(second) // groups)]), second)
         produced = second
     call.hint(count, "groups")
-    call.recorder.trace.sites.extend(_group_sites(call, count, groups))
+    call.recorder.trace.known_sites.extend(_group_sites(call, count, groups))
     return produced
 
 
@@ -62,16 +66,22 @@ def _group_sites(call: Call, count: Dimension, groups: int) -> list[IntegerSite]
 def mm(call: Call) -> list[Label]:
     """``(n, k) @ (k, m)``."""
     left, right = call.label("self"), call.label("mat2")
+    call.produced(1, "mat2", 1, None)
     return [_matrix_product(call, left, right)]
 
 
 def addmm(call: Call) -> list[Label]:
-    left, right, bias = call.label("mat1"), call.label("mat2"), call.label("self")
+    left, right = call.label("mat1"), call.label("mat2")
     output = _matrix_product(call, left, right)
-    for position, dimension in enumerate(reversed(bias), start=1):
+    _add_bias(call, output)
+    call.produced(1, "mat2", 1, "self")
+    return [output]
+
+
+def _add_bias(call: Call, output: Label) -> None:
+    for position, dimension in enumerate(reversed(call.label("self")), start=1):
         if size(dimension) == size(output[-position]):
             call.unify(dimension, output[-position])
-    return [output]
 
 
 def _matrix_product(call: Call, left: Label, right: Label) -> Label:
@@ -85,11 +95,42 @@ def _matrix_product(call: Call, left: Label, right: Label) -> Label:
 
 def bmm(call: Call) -> list[Label]:
     """``(batch, n, k) @ (batch, k, m)``."""
-    left, right = call.label("self"), call.label("mat2")
+    return [_batched_product(call, "self", "mat2")]
+
+
+def baddbmm(call: Call) -> list[Label]:
+    output = _batched_product(call, "batch1", "batch2")
+    _add_bias(call, output)
+    return [output]
+
+
+def _batched_product(call: Call, one: str, other: str) -> Label:
+    left, right = call.label(one), call.label(other)
     call.unify(left[0], right[0])
     call.unify(left[2], right[1])
     call.work(1, *left, right[2])
-    return [[left[0], left[1], right[2]]]
+    if call.is_weight(one) or call.is_weight(other):
+        call.hint(left[1] if call.is_weight(one) else right[2], "producer")
+    else:
+        # Two activations: queries with keys, or scores with values.
+        hint_attention(call, left[0], left[2], right[2])
+    return [left[0], left[1], right[2]]
+
+
+def grouped_mm(call: Call) -> list[Label]:
+    """Mixture of experts: ``self (tokens, k)`` in order of their experts, ``mat2 (experts, k, m)``."""
+    left, right = call.label("self"), call.label("mat2")
+    if len(left) != 2 or len(right) != 3:
+        return unknown(call)
+    call.unify(left[1], right[1])
+    call.work(1, *left, right[2])
+    call.hint(right[2], "producer")
+    for dimension in (left[1], right[2]):
+        call.hint(dimension, "kind", "neuron")
+        # The kernel wants rows that begin at multiples of 16 bytes.
+        call.hint(dimension, "multiple_of", str(max(1, 16 // call["mat2"].element_size())))
+    use_experts(call, right[0])
+    return [[left[0], right[2]]]
 
 
 def mv(call: Call) -> list[Label]:
@@ -99,4 +140,12 @@ def mv(call: Call) -> list[Label]:
     return [[left[0]]]
 
 
-RULES = {"convolution": convolution, "mm": mm, "addmm": addmm, "bmm": bmm, "mv": mv}
+RULES = {
+    "convolution": convolution,
+    "mm": mm,
+    "addmm": addmm,
+    "bmm": bmm,
+    "baddbmm": baddbmm,
+    "mv": mv,
+    "_grouped_mm": grouped_mm,
+}

@@ -17,10 +17,19 @@ POINTWISE_NAMES = {
 
 def pointwise(call: Call) -> list[Label]:
     """Align all tensor arguments from the right; a dimension of size 1 takes no part."""
-    labels = [call.recorder.label(tensor) for tensor in call.tensors()]
+    tensors = call.tensors()
+    labels = [call.recorder.label(tensor) for tensor in tensors]
     if not labels:
         return [[fixed(length) for length in tensor.shape] for tensor in call.outputs]
-    return [_broadcast(call, labels, tensor) for tensor in call.outputs]
+    if call.name == "clone":
+        call.recorder.note_copy(call.outputs[0], tensors[0])
+    output = [_broadcast(call, labels, tensor) for tensor in call.outputs]
+    if call.name in ("add", "add_") and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+        for dimension in output[0]:
+            call.hint(dimension, "residual")
+    elif call.name in ("add", "add_") and len(tensors) == 2:
+        call.recorder.note_bias(call.outputs[0], *tensors)
+    return output
 
 
 def _broadcast(call: Call, labels: list[Label], output: torch.Tensor) -> Label:

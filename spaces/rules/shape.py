@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..labels import Dimension, concatenate, fixed, fresh, is_frozen, multiply, size, unify
+from ..labels import Dimension, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
 from ..trace import Call, Label
+from .unknown import unknown
 
 
 def view(call: Call) -> list[Label]:
@@ -39,23 +40,19 @@ def _blocks(before: list[int], after: list[int]) -> list[tuple[list[int], list[i
 
 def _reshape(call: Call, dimensions: Label, lengths: list[int]) -> Label:
     if len(dimensions) == 1 and len(lengths) == 1:
+        call.integer(lengths[0], dimensions[0])
         return dimensions
     merged = multiply(dimensions)
     if len(lengths) == 1:
-        _follow(call, merged, lengths[0])
+        call.integer(lengths[0], merged)
         return [merged]
     if is_frozen(merged):
         return [fixed(length) for length in lengths]
     parts = [fixed(1) if length == 1 else fresh(length) for length in lengths]
     call.unify(multiply(parts), merged)
     for part, length in zip(parts, lengths, strict=True):
-        _follow(call, part, length)
+        call.integer(length, part)
     return parts
-
-
-def _follow(call: Call, dimension: Dimension, length: int) -> None:
-    if not is_frozen(dimension):
-        call.integer(length, dimension)
 
 
 def permute(call: Call) -> list[Label]:
@@ -92,7 +89,10 @@ def expand(call: Call) -> list[Label]:
     """A dimension of size 1 that is repeated becomes a new factor."""
     source, lengths = call.label("self"), list(call.outputs[0].shape)
     padded = [fixed(1)] * (len(lengths) - len(source)) + list(source)
-    return [[d if size(d) == n else fresh(n) for d, n in zip(padded, lengths, strict=True)]]
+    output = [d if size(d) == n else fresh(n) for d, n in zip(padded, lengths, strict=True)]
+    for dimension, length in zip(output, lengths, strict=True):
+        call.integer(length, dimension)
+    return [output]
 
 
 def repeat(call: Call) -> list[Label]:
@@ -140,13 +140,13 @@ def split(call: Call) -> list[Label]:
         parts = [fixed(length) for length in lengths]
     elif len(set(lengths)) == 1:
         part = fresh(lengths[0])
-        call.unify(source[dim], multiply([fixed(len(lengths), f"split in equal parts ({call.why})"), part]))
+        call.unify(source[dim], multiply([fixed(len(lengths)), part]))
         parts = [part] * len(lengths)
     else:
         parts = [fresh(length) for length in lengths]
         call.unify(source[dim], concatenate(parts))
     for part, length in zip(parts, lengths, strict=True):
-        _follow(call, part, length)
+        call.integer(length, part)
     return [[*source[:dim], part, *source[dim + 1 :]] for part in parts]
 
 
@@ -157,6 +157,10 @@ def slice_(call: Call) -> list[Label]:
     length = size(source[dim])
     start, stop, step = slice(call["start"], call["end"], call["step"]).indices(length)
     if (start, stop, step) == (0, length, 1):
+        return [source]
+    equal = None if is_frozen(source[dim]) else _equal_part(call, source[dim], start, stop, step)
+    if equal is not None:
+        source[dim] = equal
         return [source]
     if step != 1 or stop <= start:
         call.freeze(source[dim], "sliced with a step")
@@ -172,12 +176,37 @@ def slice_(call: Call) -> list[Label]:
     return [source]
 
 
+def _equal_part(call: Call, dimension: Dimension, start: int, stop: int, step: int) -> Dimension | None:
+    """One half of a product, or every n-th element of it: the parts share their units, as those of :func:`split`.
+
+    Rotary embeddings turn the halves of a head, or its even and odd elements, into each other.
+    """
+    length, terms = size(dimension), resolve(dimension)
+    halves = step == 1 and 2 * (stop - start) == length and start in (0, length // 2)
+    interleaved = step > 1 and length % step == 0 and start < step and stop > length - step + start
+    if len(terms) != 1 or not (halves or interleaved):
+        return None
+    count = 2 if halves else step
+    part, selector = fresh(length // count), fixed(count)
+    call.unify(dimension, multiply([selector, part] if halves else [part, selector]))
+    call.integer(length // count, part)
+    return part
+
+
 def gather(call: Call) -> list[Label]:
     """Rows are looked up: the looked-up dimension is fixed, the others pass."""
     weight, indices = call.label("weight"), call.label("indices")
     call.freeze(weight[0], "rows are looked up")
     call.hint(weight[1], "producer")
+    call.hint(weight[1], "embedding")
     return [[*indices, weight[1]]]
+
+
+def as_strided(call: Call) -> list[Label]:
+    """Kernels restride their outputs; anything that changes the shape is beyond the rules."""
+    source = call.label("self")
+    same = [size(dimension) for dimension in source] == list(call.outputs[0].shape)
+    return [source] if same and call.name == "as_strided_" else unknown(call)
 
 
 def created(call: Call) -> list[Label]:
@@ -194,6 +223,7 @@ RULES = {
     "expand": expand,
     "repeat": repeat,
     "cat": cat,
+    "as_strided": as_strided,
     "stack": stack,
     **dict.fromkeys(("select", "unbind"), select),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),

@@ -40,7 +40,8 @@ def test_projected_plans_hold_the_budget_and_cannot_grow(space, budget):
         found = np.array([cost.macs, cost.params, cost.memory_bytes, cost.size_bytes])
         assert (found <= np.array(limits.values)).all()
         assert all(
-            w == g.size or w % min(space.round_to, g.size) == 0 for w, g in zip(widths, space.groups, strict=True)
+            w == g.size or w % min(space.options.round_to, g.size) == 0
+            for w, g in zip(widths, space.groups, strict=True)
         )
         for position in range(len(widths)):
             larger = widths.copy()
@@ -50,7 +51,9 @@ def test_projected_plans_hold_the_budget_and_cannot_grow(space, budget):
 
 
 def test_an_impossible_budget_names_the_smallest_reachable_cost(space):
-    allowed = [[w for w in range(1, g.size + 1) if w in (g.size,) or w % space.round_to == 0] for g in space.groups]
+    allowed = [
+        [w for w in range(1, g.size + 1) if w in (g.size,) or w % space.options.round_to == 0] for g in space.groups
+    ]
     smallest = min(space.cost_batch(np.array(w)[None])[0, 0] for w in itertools.product(*allowed))
     with pytest.raises(BudgetError, match=f"has {smallest:,.0f};"):
         prunefront.project(space, {"macs": smallest - 1})

@@ -1,0 +1,108 @@
+"""Operators that choose: indexing, sorting, and the routing of tokens to experts."""
+
+from __future__ import annotations
+
+from ..labels import STRUCTURAL, Dimension, fixed, freeze, is_frozen, size
+from ..trace import Call, Label
+
+
+def index(call: Call) -> list[Label]:
+    """Elements are looked up along the indexed dimensions, which stay as they are; the others pass."""
+    source, indices = call.label("self"), call["indices"]
+    indexed = [position for position, chosen in enumerate(indices) if chosen is not None]
+    for position in indexed:
+        call.freeze(source[position], "elements of it are looked up")
+        for dimension in call.recorder.label(indices[position]):
+            freeze(dimension, STRUCTURAL)
+    lengths = list(call.outputs[0].shape)
+    kept = [position for position in range(len(source)) if position not in indexed]
+    rank = len(lengths) - len(kept)
+    # The looked-up dimensions stand where the first index stood, or in front if the indices are apart.
+    start = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
+    output: Label = [source[position] for position in kept]
+    output[start:start] = [fixed(length, f"looked up ({call.why})") for length in lengths[start : start + rank]]
+    return [output]
+
+
+def index_put(call: Call) -> list[Label]:
+    """Values are written at looked-up positions; dimensions that are not indexed are aligned with theirs."""
+    target, values = call.label("self"), call.label("values")
+    indexed = [position for position, chosen in enumerate(call["indices"]) if chosen is not None]
+    for position in indexed:
+        call.freeze(target[position], "elements of it are looked up")
+    for distance in range(1, len(target) - max(indexed)):
+        if distance <= len(values) and size(values[-distance]) == size(target[-distance]):
+            call.unify(target[-distance], values[-distance])
+    return [target]
+
+
+def index_add(call: Call) -> list[Label]:
+    target, values = call.label("self"), call.label("source")
+    chosen = call["dim"] % len(target)
+    for position, dimension in enumerate(target):
+        if position == chosen:
+            call.freeze(dimension, "elements of it are looked up")
+        else:
+            call.unify(dimension, values[position])
+    return [target]
+
+
+def index_select(call: Call) -> list[Label]:
+    source = list(call.label("self"))
+    dim = call["dim"] % len(source)
+    call.freeze(source[dim], "elements of it are looked up")
+    source[dim] = fixed(call.outputs[0].shape[dim], f"looked up ({call.why})")
+    return [source]
+
+
+def topk(call: Call) -> list[Label]:
+    """The largest of a free dimension of scores: a router chooses experts. Which ones are left changes the choice."""
+    source = list(call.label("self"))
+    dim = call["dim"] % len(source)
+    experts = source[dim]
+    if not is_frozen(experts):
+        call.recorder.routed = experts
+        call.hint(experts, "kind", "expert")
+        call.hint(experts, "name", f"{call.module}.experts")
+        call.hint(experts, "at_least", str(call["k"]))
+    source[dim] = fixed(call["k"], f"the largest ({call.why})")
+    return [source, source]
+
+
+def use_experts(call: Call, experts: Dimension) -> None:
+    """The tokens were sorted by the experts that the last router chose."""
+    routed = call.recorder.routed
+    if routed is None or size(routed) != size(experts):
+        call.freeze(experts, "no router was seen")
+        return
+    call.unify(experts, routed)
+    call.integer(size(experts), experts)
+
+
+def sort(call: Call) -> list[Label]:
+    source = call.label("self")
+    dim = call.arguments.get("dim")
+    call.freeze(source[-1 if dim is None else dim], "sorted")
+    return [source for _ in call.outputs]
+
+
+def histogram(call: Call) -> list[Label]:
+    """How many tokens go to each expert: as many counts as the last router had experts."""
+    routed = call.recorder.routed
+    length = call.outputs[0].shape[0]
+    if routed is None or size(routed) != length:
+        return [[fixed(length)]]
+    call.integer(length, routed)
+    return [[routed]]
+
+
+RULES = {
+    "index": index,
+    **dict.fromkeys(("index_put", "_index_put_impl", "_unsafe_index_put"), index_put),
+    "_unsafe_index": index,
+    "index_add": index_add,
+    "index_select": index_select,
+    "topk": topk,
+    "sort": sort,
+    "histc": histogram,
+}

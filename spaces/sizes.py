@@ -1,0 +1,121 @@
+"""Which integer attributes of modules the forward uses as sizes.
+
+While the model is traced, its integer attributes are replaced by integers that know where they come from. A call such
+as ``x.view(batch, length, self.num_heads, -1)`` then tells which dimension ``num_heads`` counts, without guessing from
+equal values; attributes that are only calculated with are told apart from those that are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Functions that make a tensor of a given shape.
+CREATING = ("zeros", "ones", "empty", "full")
+#: Module name and attribute.
+Site = tuple[str, str]
+
+
+class TracedInt(int):
+    """An integer attribute that knows its place; calculating with it gives plain integers, and is noted."""
+
+    site: Site
+    calculated: set[Site]
+
+    @classmethod
+    def of(cls, value: int, site: Site, calculated: set[Site]) -> TracedInt:
+        made = cls(value)
+        made.site, made.calculated = site, calculated
+        return made
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+def _noting(name: str) -> Any:
+    plain = getattr(int, name)
+
+    def calculate(self: TracedInt, *others: Any) -> Any:
+        self.calculated.add(self.site)
+        return plain(self, *others)
+
+    return calculate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "truediv", "rtruediv", "neg"):
+    setattr(TracedInt, f"__{_name}__", _noting(f"__{_name}__"))
+
+
+@contextmanager
+def traced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> Iterator[None]:
+    """Replace the integer attributes of ``modules``; those that were calculated with are added to ``calculated``."""
+    replaced = []
+    for name, module in modules.items():
+        for attribute, value in list(vars(module).items()):
+            tracked = _tracked(value, (name, attribute), calculated)
+            if tracked is not value:
+                replaced.append((module, attribute, value, tracked))
+                vars(module)[attribute] = tracked
+    try:
+        yield
+    finally:
+        for module, attribute, value, tracked in replaced:
+            if vars(module).get(attribute) is tracked:
+                vars(module)[attribute] = value
+
+
+def _tracked(value: Any, site: Site, calculated: set[Site]) -> Any:
+    """``value`` with its integers replaced: an integer, or those of a tuple or list."""
+    if type(value) is int and value > 1:
+        return TracedInt.of(value, site, calculated)
+    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+        name, attribute = site
+        return type(value)(_tracked(item, (name, f"{attribute}[{i}]"), calculated) for i, item in enumerate(value))
+    return value
+
+
+def set_size(module: nn.Module, attribute: str, value: int) -> None:
+    """Set an integer attribute, or the element ``name[i]`` of a tuple or list."""
+    name, _, index = attribute.partition("[")
+    if not index:
+        setattr(module, name, value)
+        return
+    held = getattr(module, name)
+    items = list(held)
+    items[int(index[:-1])] = value
+    setattr(module, name, type(held)(items))
+
+
+def sizes_in_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[Site, Any]]:
+    """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
+    if name in ("view", "reshape", "expand") and isinstance(result, torch.Tensor):
+        shape = args[1:] or tuple(kwargs.get(key, ()) for key in ("shape", "size") if key in kwargs)
+        if len(shape) == 1 and isinstance(shape[0], tuple | list):
+            shape = tuple(shape[0])
+        for dim, length in enumerate(shape):
+            if isinstance(length, TracedInt):
+                yield length.site, (result, dim)
+    elif name in CREATING and isinstance(result, torch.Tensor):
+        shape = args or (kwargs.get("size", ()),)
+        shape = shape if isinstance(shape[0], int) else shape[0]
+        for dim, length in enumerate(shape):
+            if isinstance(length, TracedInt):
+                yield length.site, (result, dim)
+    elif name == "unflatten" and isinstance(result, torch.Tensor):
+        dim, lengths = int(args[1]) % args[0].dim(), args[2]
+        for offset, length in enumerate(lengths):
+            if isinstance(length, TracedInt):
+                yield length.site, (result, dim + offset)
+    elif name in ("split", "split_with_sizes") and len(args) > 1:
+        dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()
+        lengths = args[1] if isinstance(args[1], tuple | list) else [args[1]]
+        for part, length in zip(result, lengths, strict=False):
+            if isinstance(length, TracedInt):
+                yield length.site, (part, dim)
