@@ -181,7 +181,12 @@ def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tens
 
 
 def _constant_norm(x: torch.Tensor, dims: list[int], weight: Any, bias: Any) -> torch.Tensor:
-    """``x`` over the root of its sum of squares along ``dims``, as if there were always as many elements."""
+    """``x`` over the root of its sum of squares along ``dims``, as if there were always as many elements.
+
+    Units whose weight is masked do not count: something behind the mask (a bias along another dimension, as in token
+    mixing) may have given them values again.
+    """
+    x = x if weight is None else x * (weight != 0)
     scaled = x * torch.rsqrt(x.square().sum(dims, keepdim=True) / Comparable.COUNT + 1e-6)
     scaled = scaled if weight is None else scaled * weight
     return scaled if bias is None else scaled + bias
@@ -201,8 +206,9 @@ def _rms_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _group_norm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, batch, channels, _, groups, _ = args
-    result = _constant_norm(x.reshape(batch, groups, -1), [-1], None, None).reshape(x.shape)
     shape = [1, channels, *[1] * (x.dim() - 2)]
+    x = x if weight is None else x * (weight != 0).view(shape)
+    result = _constant_norm(x.reshape(batch, groups, -1), [-1], None, None).reshape(x.shape)
     result = result if weight is None else result * weight.view(shape)
     result = result if bias is None else result + bias.view(shape)
     return result, result.new_zeros(()), result.new_zeros(())
