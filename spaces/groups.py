@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .labels import STRUCTURAL, Dimension, Factor, find, resolve
+from .labels import SELECTOR, STRUCTURAL, Dimension, Factor, find, resolve
 from .residual import Substitute
 from .trace import Label, Scope, Trace
 
@@ -310,7 +310,8 @@ def _frozen(trace: Trace) -> tuple[Frozen, ...]:
         module = tensor.rpartition(".")[0] or tensor
         for dimension in label:
             for term in resolve(dimension):
+                hidden = {STRUCTURAL} if all(factor.frozen for factor in term) else {STRUCTURAL, SELECTOR}
                 for factor in term:
-                    if factor.frozen and factor.frozen != STRUCTURAL:
+                    if factor.frozen and factor.frozen not in hidden:
                         found.setdefault((module, str(factor.frozen)), Frozen(module, str(factor.frozen)))
     return (*found.values(), *(Frozen(name, reason) for name, reason in trace.refused_blocks))

@@ -22,6 +22,10 @@ MAX_COPIES = 64
 STRUCTURAL = "fixed size"
 
 
+#: Reason of factors that count the equal parts of a split; beside free units they take nothing from the user.
+SELECTOR = "counts the parts of a split"
+
+
 @dataclass(eq=False)
 class Factor:
     """A vector of ``size`` units that live and die one by one."""
@@ -77,7 +81,7 @@ def _as_selector(terms: Dimension) -> Dimension:
     """A sum of the same term again and again is a product with a frozen selector, which other factors can multiply."""
     if len(terms) < 2 or not terms[0] or any(term != terms[0] for term in terms):
         return terms
-    return (_merge_frozen_factors((Factor(len(terms), STRUCTURAL), *terms[0])),)
+    return (_merge_frozen_factors((Factor(len(terms), SELECTOR), *terms[0])),)
 
 
 def is_frozen(dimension: Dimension) -> bool:
@@ -146,6 +150,8 @@ def _define(factor: Factor, dimension: Dimension, why: str) -> bool:
 
 
 def _passed_on(frozen: Factor, why: str) -> str:
+    if frozen.frozen == SELECTOR:
+        return SELECTOR
     if frozen.frozen is None or frozen.frozen == STRUCTURAL:
         return f"meets a dimension of fixed size {frozen.size} in {why}"
     return frozen.frozen

@@ -256,11 +256,13 @@ def _stir(model: nn.Module) -> None:
 
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += max(0.05, parameter.abs().mean().item()) / 4 * noise(parameter)
+            parameter.add_(noise(parameter), alpha=max(0.05, parameter.abs().mean().item()) / 4)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                module.running_mean += module.running_var.sqrt() / 4 * noise(module.running_var)  # type: ignore[operator]
-                module.running_var *= 1 + noise(module.running_var).abs() / 2
+                variance: torch.Tensor = module.running_var
+                if module.running_mean is not None:
+                    module.running_mean.add_(variance.sqrt() / 4 * noise(variance))
+                variance.mul_(1 + noise(variance).abs() / 2)
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -23,6 +23,11 @@ from .surgery import tensors_of
 
 #: Packages whose modules may be imported because a file names them.
 TRUSTED = ("prunefront", "timm", "torch", "torchvision", "transformers")
+_CONFIG_CLASSES = {
+    "transformers.configuration_utils.PretrainedConfig",
+    "transformers.configuration_utils.PreTrainedConfig",
+    "transformers.generation.configuration_utils.GenerationConfig",
+}
 _PLAIN = (bool, int, str, type(None))
 _BASE_STATE = frozenset(vars(nn.Module()))
 
@@ -35,27 +40,28 @@ def describe(model: nn.Module) -> dict[str, Any]:
     names = {id(tensor): name for name, tensor in tensors_of(model).items()}
     first = {id(module): name for name, module in model.named_modules()}
     left_out: list[str] = []
-    modules = [_describe_module(name, module, names, first, left_out) for name, module in model.named_modules()]
-    return {"modules": modules, "left_out": left_out}
+    configs = _configs_of(model)
+    places = {id(config): place for place, config in enumerate(configs)}
+    modules = [_describe_module(name, module, names, first, places, left_out) for name, module in model.named_modules()]
+    described = [
+        {"class": _path(type(config)), "attributes": _attributes(config, "config", places, left_out)}
+        for config in configs
+    ]
+    return {"modules": modules, "configs": described, "left_out": left_out}
 
 
 def _describe_module(
-    name: str, module: nn.Module, names: dict[int, str], first: dict[int, str], left_out: list[str]
+    name: str,
+    module: nn.Module,
+    names: dict[int, str],
+    first: dict[int, str],
+    configs: dict[int, int],
+    left_out: list[str],
 ) -> dict[str, Any]:
-    attributes = {}
-    for key, value in vars(module).items():
-        if key in _BASE_STATE:
-            if key.endswith("hooks") and value:
-                left_out.append(f"{name}.{key}".lstrip("."))
-            continue
-        try:
-            attributes[key] = _encode(value)
-        except TypeError:
-            left_out.append(f"{name}.{key}".lstrip("."))
     return {
         "name": name,
         "class": _path(type(module)),
-        "attributes": attributes,
+        "attributes": _attributes(module, name, configs, left_out),
         "children": {k: first[id(child)] if child is not None else None for k, child in module._modules.items()},
         "parameters": {k: names[id(p)] if p is not None else None for k, p in module._parameters.items()},
         "buffers": {k: names[id(b)] if b is not None else None for k, b in module._buffers.items()},
@@ -71,7 +77,8 @@ def rebuild(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
         StorageError: a class is not available or not allowed, or the description is damaged.
     """
     try:
-        modules = {entry["name"]: _new_module(entry) for entry in description["modules"]}
+        configs = _new_configs(description.get("configs", []))
+        modules = {entry["name"]: _new_module(entry, configs) for entry in description["modules"]}
         parameters: dict[str, nn.Parameter] = {}
         for entry in description["modules"]:
             module = modules[entry["name"]]
@@ -108,7 +115,7 @@ def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[st
     filled = copy.deepcopy(model, memo).eval()
     for name, module in filled.named_modules():
         for key, encoded in entries[name]["attributes"].items():
-            value = _decode(encoded)
+            value = None if _is_config_reference(encoded) else _decode(encoded)
             if _is_size(value) and _is_size(getattr(module, key, None)):
                 setattr(module, key, value)
     return filled
@@ -118,15 +125,70 @@ def _is_size(value: Any) -> bool:
     return type(value) is int or (isinstance(value, tuple) and all(type(item) is int for item in value))
 
 
-def _new_module(entry: Mapping[str, Any]) -> nn.Module:
+def _new_module(entry: Mapping[str, Any], configs: list[Any]) -> nn.Module:
     cls = _module_class(entry["class"])
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)
-    for key, value in entry["attributes"].items():
-        if key.startswith("__") or key in _BASE_STATE or callable(getattr(nn.Module, key, None)):
-            raise StorageError(f"the description sets the attribute {key!r}, which would change what code runs")
-        vars(module)[key] = _decode(value)
+    _set_attributes(module, entry["attributes"], configs)
     return module
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """The Hugging Face configurations that modules of ``model`` and other configurations hold, each once."""
+    found: dict[int, Any] = {}
+    todo = [value for module in model.modules() for value in vars(module).values()]
+    while todo:
+        value = todo.pop(0)
+        if _is_config(value) and id(value) not in found:
+            found[id(value)] = value
+            todo += vars(value).values()
+    return list(found.values())
+
+
+def _is_config(value: Any) -> bool:
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(value).__mro__}
+    return bool(names & _CONFIG_CLASSES)
+
+
+def _is_config_reference(value: Any) -> bool:
+    return isinstance(value, dict) and list(value) == ["config"]
+
+
+def _attributes(held: Any, name: str, configs: dict[int, int], left_out: list[str]) -> dict[str, Any]:
+    """JSON for the attributes of a module or configuration; names of those that have none go to ``left_out``."""
+    attributes = {}
+    for key, value in vars(held).items():
+        if isinstance(held, nn.Module) and key in _BASE_STATE:
+            if key.endswith("hooks") and value:
+                left_out.append(f"{name}.{key}".lstrip("."))
+            continue
+        try:
+            attributes[key] = {"config": configs[id(value)]} if id(value) in configs else _encode(value)
+        except TypeError:
+            left_out.append(f"{name}.{key}".lstrip("."))
+    return attributes
+
+
+def _set_attributes(held: Any, attributes: Mapping[str, Any], configs: list[Any]) -> None:
+    for key, value in attributes.items():
+        state = isinstance(held, nn.Module) and key in _BASE_STATE
+        if key.startswith("__") or state or callable(getattr(type(held), key, None)):
+            raise StorageError(f"the description sets the attribute {key!r}, which would change what code runs")
+        vars(held)[key] = configs[value["config"]] if _is_config_reference(value) else _decode(value)
+
+
+def _new_configs(entries: list[Mapping[str, Any]]) -> list[Any]:
+    """Configurations, without running their ``__init__``, which refuses widths that pruning makes."""
+    configs = []
+    for entry in entries:
+        cls = _class(entry["class"])
+        bases = cls.__mro__ if isinstance(cls, type) else ()
+        if not any(f"{base.__module__}.{base.__qualname__}" in _CONFIG_CLASSES for base in bases):
+            raise StorageError(f"the saved model uses {entry['class']}, which is no configuration of Hugging Face")
+        configs.append(cls.__new__(cls))
+    for config, entry in zip(configs, entries, strict=True):
+        _set_attributes(config, entry["attributes"], configs)
+    return configs
 
 
 def _parameter(
@@ -196,6 +258,14 @@ def _path(cls: type) -> str:
 
 
 def _module_class(path: str) -> type[nn.Module]:
+    found = _class(path)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise StorageError(f"the saved model uses {path}, which is not a module class here")
+    return found
+
+
+def _class(path: str) -> Any:
+    """What ``path`` names, in a module that is imported already or trusted."""
     module, _, qualname = path.partition(":")
     if module not in sys.modules:
         if module.partition(".")[0] not in TRUSTED or module.endswith("__main__"):
@@ -210,6 +280,4 @@ def _module_class(path: str) -> type[nn.Module]:
     found: Any = sys.modules[module]
     for part in qualname.split("."):
         found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise StorageError(f"the saved model uses {path}, which is not a module class here")
     return found

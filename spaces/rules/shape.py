@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..labels import Dimension, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
+from ..labels import SELECTOR, Dimension, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
 from ..trace import Call, Label
 from .unknown import unknown
 
@@ -140,7 +140,7 @@ def split(call: Call) -> list[Label]:
         parts = [fixed(length) for length in lengths]
     elif len(set(lengths)) == 1:
         part = fresh(lengths[0])
-        call.unify(source[dim], multiply([fixed(len(lengths)), part]))
+        call.unify(source[dim], multiply([fixed(len(lengths), SELECTOR), part]))
         parts = [part] * len(lengths)
     else:
         parts = [fresh(length) for length in lengths]
@@ -187,7 +187,7 @@ def _equal_part(call: Call, dimension: Dimension, start: int, stop: int, step: i
     if len(terms) != 1 or not (halves or interleaved):
         return None
     count = 2 if halves else step
-    part, selector = fresh(length // count), fixed(count)
+    part, selector = fresh(length // count), fixed(count, SELECTOR)
     call.unify(dimension, multiply([selector, part] if halves else [part, selector]))
     call.integer(length // count, part)
     return part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..labels import concatenate, fixed, fresh, multiply, size
+from ..labels import SELECTOR, concatenate, fixed, fresh, multiply, size
 from ..trace import Call, Label
 
 
@@ -39,13 +39,13 @@ def constant_pad(call: Call) -> list[Label]:
 def pixel_shuffle(call: Call) -> list[Label]:
     source, factor = call.label("self"), call["upscale_factor"]
     channels = fresh(size(source[-3]) // factor**2)
-    call.unify(source[-3], multiply([channels, fixed(factor**2)]))
+    call.unify(source[-3], multiply([channels, fixed(factor**2, SELECTOR)]))
     return [[*source[:-3], channels, *(fixed(n) for n in call.outputs[0].shape[-2:])]]
 
 
 def channel_shuffle(call: Call) -> list[Label]:
     source, groups = call.label("self"), call["groups"]
-    outer, inner = fixed(groups), fresh(size(source[1]) // groups)
+    outer, inner = fixed(groups, SELECTOR), fresh(size(source[1]) // groups)
     call.unify(source[1], multiply([outer, inner]))
     return [[source[0], multiply([inner, outer]), *source[2:]]]
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+import prunefront
 from prunefront.spaces.errors import StorageError
+from prunefront.spaces.proof import outputs_of
 from prunefront.spaces.rebuild import describe, rebuild, refill
 from prunefront.spaces.surgery import tensors_of
+from tests.models import build
 
 
 class Odd(nn.Module):
@@ -58,6 +61,29 @@ def test_torchvision_models_come_back(name):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(roundtrip(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "vit", "mixtral", "nn.TransformerEncoder", "swin_t"])
+def test_pruned_transformers_come_back_alone(name):
+    """Blocks gone, widths that no configuration can express, equivalents of attention modules."""
+    pytest.importorskip("transformers")
+    model, inputs = build(name)
+    space = prunefront.discover(model, inputs)
+    candidate = space.apply(space.uniform(0.4)).eval()
+    description = json.loads(json.dumps(describe(candidate)))
+    assert not description["left_out"]
+    again = rebuild(description, copied(candidate))
+    for actual, expected in zip(outputs_of(again, inputs), outputs_of(candidate, inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_file_cannot_call_a_configuration_something_else():
+    pytest.importorskip("transformers")
+    description = describe(build("llama")[0])
+    for path in ("torch.nn.modules.linear:Linear", "transformers.utils.import_utils:is_torch_available"):
+        description["configs"][0]["class"] = path
+        with pytest.raises(StorageError, match="no configuration"):
+            rebuild(description, {})
 
 
 def test_what_json_cannot_express_is_listed():
