@@ -69,10 +69,15 @@ def forward(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
 
 
 def run(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    """The outputs in evaluation mode and double precision; ``model`` itself is converted."""
-    doubled = tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs)
+    """The outputs in evaluation mode and double precision; ``model`` itself is converted.
+
+    The grouped product of experts exists in single precision only.
+    """
+    grouped = any("Experts" in type(module).__name__ for module in model.modules())
+    dtype = torch.float32 if grouped else torch.float64
+    converted = tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs)
     with torch.no_grad():
-        return [output.double() for output in forward(model.double().eval(), doubled)]
+        return [output.double() for output in forward(model.to(dtype).eval(), converted)]
 
 
 def difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -95,7 +100,6 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@torch.no_grad()
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     value = function()
@@ -193,12 +197,19 @@ def runs_with_all(space: prunefront.Space, inputs: Any, shapes: list[torch.Size]
 
 
 def prunable_share(space: prunefront.Space, model: nn.Module) -> float:
-    smallest = space.apply(space.plan({group.name: 1 for group in space.groups}))
+    smallest = space.apply(space.plan({group.name: least_width(group) for group in space.groups}))
     return 1 - count_params(smallest) / count_params(model)
 
 
+def least_width(group: prunefront.Group) -> int:
+    return min(group.size, max(group.at_least, group.multiple_of))
+
+
 def time_plan(space: prunefront.Space, generator: random.Random) -> Row:
-    plan = space.plan({group.name: generator.randint(1, group.size) for group in space.groups})
+    drawn = {group.name: generator.randint(1, group.size) for group in space.groups}
+    step = {group.name: group.multiple_of for group in space.groups}
+    least = {group.name: least_width(group) for group in space.groups}
+    plan = space.plan({name: max(least[name], width // step[name] * step[name]) for name, width in drawn.items()})
     return {"candidate_s": timed(lambda: space.apply(plan))[0]}
 
 
@@ -486,6 +497,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def earlier_rows(path: Path | None) -> dict[str, Mapping[str, Row]]:
+    """Rows of an earlier run in the same file: those of other models stay."""
+    if path is None or not path.exists():
+        return {}
+    models = json.loads(path.read_text())["models"]
+    return {row.pop("model"): row for row in models}
+
+
 def main() -> None:
     options = arguments()
     if options.one:
@@ -499,18 +518,18 @@ def main() -> None:
         sys.exit("this compares with Torch-Pruning: pip install torch-pruning, or pass --without-peer")
     tools = [tool for tool in TOOLS if tool == "prunefront" or not options.without_peer]
     before = {**machine(), "load_average": os.getloadavg()[0]}
-    rows = []
+    rows = earlier_rows(options.out)
     for number, name in enumerate(names, 1):
         found = {}
         for tool in tools:
             found[tool] = measure(tool, name, options.timeout_s)
             print(f"{number}/{len(names)} {name}, {tool}: {result_cell(found[tool])}", file=sys.stderr, flush=True)
-        rows.append((name, found))
+        rows[name] = found
         if options.out:
             settings = {"ratios": RATIOS, "tolerance": TOLERANCE, "timeout_s": options.timeout_s}
-            models = [{"model": model, **results} for model, results in rows]
+            models = [{"model": model, **rows[model]} for model in ZOO if model in rows]
             options.out.write_text(json.dumps({"machine": before, **settings, "models": models}, indent=2) + "\n")
-    print(table(rows, peer=not options.without_peer))
+    print(table([(name, rows[name]) for name in ZOO if name in rows], peer=not options.without_peer))
 
 
 if __name__ == "__main__":
