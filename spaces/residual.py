@@ -1,7 +1,7 @@
 """Which modules add a branch to what they are given: the blocks that can be taken out whole.
 
 While the model runs, every tensor is given a number, and remembers the numbers of the tensors that reach it unchanged
-but for additions: through the identity, views and residual sums (``exact``), through layer normalisation too
+but for additions: through the identity, views, residual sums and rectifiers (``exact``), through layer normalisation too
 (``normed``), and through elementwise products (``near``). A module is a residual block if its input reaches its own
 output so, and a branch if its output is added to a tensor from which its input was derived.
 """
@@ -9,7 +9,7 @@ output so, and a branch if its output is added to a tensor from which its input 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ Numbers = frozenset[int]
 #: The output holds the input's values, perhaps with something added, or rectified: a second rectifier changes nothing.
 _EXACT = {"add", "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "clone", "_to_copy", "detach", "alias"}
 _EXACT |= {"unsqueeze", "squeeze", "contiguous", "native_dropout", "dropout", "relu", "lift_fresh"}
+_POOLS = {"max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "mean"}
 _NORMED = {"native_layer_norm", "_fused_rms_norm"}
 _NEAR = {"mul", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm"}
 
@@ -34,8 +35,11 @@ class Reach:
     exact: Numbers
     normed: Numbers
     near: Numbers
-    #: Those of ``normed`` with a sum on the way.
+    #: Those of ``normed`` with a sum on the way, and with a rectifier.
     summed: Numbers
+    rectified: Numbers
+    #: Nothing in the tensor is negative, so that a rectifier is the identity.
+    positive: bool
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,11 @@ class ModuleCalls:
             self.sums.append((sources[0], sources[1]))
         level = 3 if plain in _EXACT else 2 if plain in _NORMED else 1 if plain in _NEAR else 0
         for position, tensor in enumerate(outputs):
-            self._reach[tensor] = self._new(sources if position == 0 else [], level, plain == "add")
+            self._reach[tensor] = self._new(sources if position == 0 else [], level, plain)
+            if position == 0 and inputs and plain in _POOLS:
+                self._reach[tensor] = replace(self._reach[tensor], positive=self.reach(inputs[0]).positive)
 
-    def _new(self, sources: Iterable[Reach], level: int = 0, is_sum: bool = False) -> Reach:
+    def _new(self, sources: list[Reach], level: int = 0, name: str = "") -> Reach:
         self._last += 1
         own = frozenset((self._last,))
         return Reach(
@@ -83,7 +89,9 @@ class ModuleCalls:
             own.union(*(source.exact for source in sources if level >= 3)),
             own.union(*(source.normed for source in sources if level >= 2)),
             own.union(*(source.near for source in sources if level >= 1)),
-            frozenset().union(*(source.normed if is_sum else source.summed for source in sources if level >= 2)),
+            frozenset().union(*(source.normed if name == "add" else source.summed for source in sources if level >= 2)),
+            frozenset().union(*(s.normed if name == "relu" else s.rectified for s in sources if level >= 2)),
+            name == "relu" or (level >= 3 and bool(sources) and all(source.positive for source in sources)),
         )
 
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
@@ -102,7 +110,8 @@ class ModuleCalls:
         """Modules whose output is their input plus branches; whether without a normalisation on the way."""
         found = {}
         for call in self.finished:
-            if call.source.number in call.result.summed:
+            changed = call.source.number in call.result.rectified and not call.source.positive
+            if call.source.number in call.result.summed and not changed:
                 found[call.name] = call.source.number in call.result.exact
         return {name: exact for name, exact in found.items() if self.counts[name] == 1}
 
