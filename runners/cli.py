@@ -80,10 +80,14 @@ def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
 
 
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
-    """Our shorthands in Hydra's terms: a run as first argument, ``resume=RUN``, free keys of task=custom."""
+    """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
     if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
         overrides[0] = f"run={_quoted(overrides[0])}"
+    if "--json" in overrides:
+        if name != "space":
+            raise ConfigError(f"--json is an option of prunefront space; prunefront {name} does not have it")
+        overrides = ["json=true" if argument == "--json" else argument for argument in overrides]
     resumed = [a for a in overrides if a.startswith("resume=")]
     if resumed:
         if name != "search" or {"-m", "--multirun"} & set(overrides):

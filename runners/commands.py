@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from ..search.engine import objective_of
 from ..search.saved import METRICS, read_json, save_model
 from ..spaces import Cost, Space, discover
 from ..spaces.errors import ConfigError, SearchError
+from ..spaces.groups import Group
 from .check import check_model
-from .display import SearchProgress, console, front_table, space_table
+from .display import SearchProgress, console, errors, front_table, space_view
 from .report import read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
@@ -147,15 +149,46 @@ def show_result(result: Result, task: Task, dense: dict[str, float]) -> None:
 
 
 def space(config: DictConfig) -> None:
-    """Show what can be pruned, and how small the model can get."""
-    task = make_task(config)
-    with console.status("preparing the dense model"):
-        model = task.make_model()
-        found = discover(model, task.example_inputs, **_plain(config.space), seed=config.seed)
-    console.print(space_table(found))
-    smallest = found.cost_batch(found.smallest_widths()[None])[0]
-    for (name, dense), least in zip(asdict(found.dense_cost).items(), smallest, strict=True):
-        console.print(f"{name:12} {dense:>14,.0f} dense, {least:>12,.0f} at the least ({least / dense:.1%})")
+    """Show what can be pruned, at which share of the cost, what cannot and why, and how small the model can get."""
+    status = nullcontext() if config.json else errors.status("preparing the dense model")
+    with redirect_stdout(sys.stderr), status:  # stdout is for the result alone
+        task = make_task(config)
+        found = discover(task.make_model(), task.example_inputs, **_plain(config.space), seed=config.seed)
+    if config.json:
+        print(json.dumps(described_space(found), indent=1))
+    else:
+        console.print(space_view(found))
+
+
+def described_space(space: Space) -> dict[str, Any]:
+    """Everything that the tree shows and more, as plain JSON values."""
+    whole = space.dense_cost
+    least = space.cost_batch(space.smallest_widths()[None])[0]
+
+    def described(group: Group) -> dict[str, Any]:
+        (low, high), share = space.options.bounds(group), space.share_of_cost(group)
+        return {
+            "name": group.name,
+            "kind": group.kind,
+            "size": group.size,
+            "low": low,
+            "high": high,
+            "step": space.options.step(group),
+            "exact": group.exact,
+            "members": [[member.tensor, member.dim] for member in group.members],
+            "blocks": list(group.blocks),
+            "share_of_macs": share.macs / max(whole.macs, 1),
+            "share_of_params": share.params / max(whole.params, 1),
+        }
+
+    return {
+        "dense_cost": asdict(whole),
+        "smallest_cost": {name: int(value) for name, value in zip(asdict(whole), least, strict=True)},
+        "seconds": space.seconds,
+        "dimensions": list(space.dimensions),
+        "groups": [described(group) for group in space.groups],
+        "frozen": [asdict(frozen) for frozen in space.frozen],
+    }
 
 
 def front(config: DictConfig) -> None:

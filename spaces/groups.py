@@ -290,7 +290,7 @@ def _sites(
 def _is_count_of_heads(attribute: str, layout: Layout, kinds: list[str]) -> bool:
     """Attributes that only another branch of the forward reads, such as that of a model with fewer layers."""
     found = {kinds[factor] for term in layout for factor in term if factor >= 0}
-    return "heads" in attribute.lower() and found <= {"head", "kv_group"}
+    return ("heads" in attribute.lower() or "groups" in attribute.lower()) and found <= {"head", "kv_group"}
 
 
 def _mismatch(attribute: str, layout: Layout, kinds: list[str]) -> int:

@@ -81,7 +81,7 @@ class Prover:
         and hold only because of that: with them, one half of some of the groups alone is tried too.
         """
         small = [g for g in structure.groups if g.name in names and g.kind in ROUNDED_KINDS and g.size <= SMALL]
-        for half in (0, 1, 2, 3) if len(small) > 1 else (0, 1):
+        for half in range(6) if len(small) > 1 else (0, 1):
             kept = _halved(structure, names, half, self._uniform)
             exact = all(group.exact for group in structure.groups if group.name in names)
             if reason := self._compare(structure, kept, exact):
@@ -311,7 +311,7 @@ def _halved(structure: Structure, names: list[str], half: int, uniform: bool) ->
         order = generator.permutation(group.size)
         key = (group.kind, group.size) if uniform else group.name
         share = shares.setdefault(key, generator.uniform(0.35, 0.65))
-        if group.name in names and (half < 2 or (list(shares).index(key) >> (half - 2)) % 2 == 0):
+        if group.name in names and (half < 2 or (list(shares).index(key) >> (half // 2 - 1)) % 2 == half % 2):
             cut = min(max(1, round(share * group.size)), group.size - 1) if group.size > 1 else 0
             removed = order[cut:] if half == 1 else order[:cut]
             mask[removed[: group.size - group.at_least]] = False

@@ -1,7 +1,7 @@
 """Which modules add a branch to what they are given: the blocks that can be taken out whole.
 
 While the model runs, every tensor is given a number, and remembers the numbers of the tensors that reach it unchanged
-but for additions: through the identity, views, residual sums and rectifiers (``exact``), through layer normalisation too
+but for additions: through the identity, views, sums and rectifiers (``exact``), through layer normalisation too
 (``normed``), and through elementwise products (``near``). A module is a residual block if its input reaches its own
 output so, and a branch if its output is added to a tensor from which its input was derived.
 """
@@ -166,6 +166,9 @@ def find_stacks(model: nn.Module, calls: ModuleCalls) -> list[Stack]:
     heavy = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
     blocks = {name: exact for name, exact in calls.residual_blocks().items() if name in heavy}
     branches = calls.branches() & heavy
+    # A sequence of blocks adds up as a whole too; what can go one by one are the blocks in it.
+    sequences = {name.rpartition(".")[0] for name in blocks}
+    blocks = {n: e for n, e in blocks.items() if n not in sequences or not isinstance(modules[n], nn.Sequential)}
     layers = _outermost(name for name in blocks if _in_container(name, modules))
     parts = _outermost(n for n in [*blocks, *branches] if n not in layers and _inside(n, layers))
     stacks: dict[tuple[str, type], list[str]] = {}

@@ -93,6 +93,14 @@ def set_size(module: nn.Module, attribute: str, value: int) -> None:
     setattr(module, name, type(held)(items))
 
 
+def note_bounds(index: Any) -> None:
+    """Attributes that bound a slice are read, as those that are calculated with."""
+    for part in index if isinstance(index, tuple) else (index,):
+        for bound in (part.start, part.stop) if isinstance(part, slice) else ():
+            if isinstance(bound, TracedInt):
+                bound.calculated.add(bound.site)
+
+
 def sizes_in_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[Site, Any]]:
     """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
     if name in ("view", "reshape", "expand") and isinstance(result, torch.Tensor):

@@ -20,7 +20,7 @@ from .errors import TraceError
 from .inputs import Inputs, output_tensors
 from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
 from .residual import ModuleCalls, Stack
-from .sizes import CREATING, Site, TracedInt, sizes_in_call, traced_integers
+from .sizes import CREATING, Site, TracedInt, note_bounds, sizes_in_call, traced_integers
 
 logger = logging.getLogger(__name__)
 
@@ -363,6 +363,8 @@ class FunctionRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             result = func(*args, **(kwargs or {}))
+            if func.__name__ == "__getitem__":
+                note_bounds(args[1])
             for site, (tensor, dim) in sizes_in_call(getattr(func, "__name__", ""), args, kwargs or {}, result):
                 if func.__name__ in CREATING:
                     self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
@@ -422,6 +424,7 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
     try:
         with (
             evaluating(model),
+            keeping_buffers(model),
             torch.no_grad(),
             _module_stack(recorder),
             traced_integers(recorder.modules, recorder.trace.calculated),
@@ -447,6 +450,21 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward changes in buffers: counters, caches."""
+    held = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
+    values = [None if tensor is None or tensor.is_meta else tensor.clone() for _, _, tensor in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (module, name, tensor), value in zip(held, values, strict=True):
+                module._buffers[name] = tensor
+                if tensor is not None and value is not None and not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "prune the model before it is sharded",
     "OptimizedModule": "pass the model that torch.compile was given, and compile the pruned one afterwards",
     "PeftModel": "merge the adapters first: model = model.merge_and_unload()",
-    "RecursiveScriptModule": "pass the Python model instead of the script",
+    "ScriptModule": "pass the Python model instead of the script",
     "GraphModule": "pass the model that the graph was made from",
 }
 
@@ -47,6 +47,11 @@ def check_model(model: nn.Module) -> None:
                 "torch.nn.utils.remove_weight_norm(module) or remove_spectral_norm(module)"
             )
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(type(hook).__module__ == "torch.nn.utils.prune" for hook in module._forward_pre_hooks.values()):
+            raise ModelError(
+                f"{where} masks its weight in a hook: make it plain first: "
+                "torch.nn.utils.prune.remove(module, tensor_name)"
+            )
         if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors):
             raise ModelError(f"{where} has no weights yet: run the model once on the example inputs first")
 

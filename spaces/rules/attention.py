@@ -48,7 +48,9 @@ def _align_heads(call: Call, query: Dimension, key: Dimension, value: Dimension)
     """With grouped queries, the query heads are key/value groups x repeats, in this order."""
     call.unify(key, value)
     if size(query) != size(key):
-        call.unify(query, multiply([key, fresh(size(query) // size(key))]))
+        repeats = fresh(size(query) // size(key))
+        call.unify(query, multiply([key, repeats]))
+        call.integer(size(repeats), repeats)  # what the forward repeats by where a kernel does not
     else:
         call.unify(query, key)
 
