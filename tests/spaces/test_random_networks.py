@@ -284,9 +284,9 @@ def rotate(x: torch.Tensor, by_halves: bool) -> torch.Tensor:
     return x * angles.cos() + torch.cat((-other, one), dim=-1) * angles.sin()
 
 
-ATTENTIONS = ("separate", "grouped", "expanded", "fused", "fused_chunk", "fused_split", "manual", "repeated")
-#: A scale computed from the shape changes with it.
-REFUSED_ATTENTIONS = ("rooted",)
+ATTENTIONS = ("separate", "grouped", "expanded", "fused", "fused_chunk", "fused_split", "manual")
+#: A scale computed from the shape changes with it, and the count of ``repeat_interleave`` does not follow its group.
+REFUSED_ATTENTIONS = ("rooted", "repeated")
 
 
 class Attention(nn.Module):
