@@ -139,20 +139,12 @@ _Line = tuple[str, _Node | None]
 
 def space_view(space: Space) -> RenderableType:
     """The groups as a tree of modules, what is frozen and why, and how small the model can get."""
-    tied = _tied_groups(space)
+    tied = space.tied_groups
     lines = list(_lines(_forest(space, tied)))
     parts: list[RenderableType] = [_space_tree(space, tied, lines), _space_legend(space, lines)]
     if space.frozen:
         parts += [Text(f"\n{len(space.frozen)} frozen, by reason:"), _frozen_table(space.frozen)]
     return Lines(*parts, Text(), _cost_table(space), Text(), _discovery(space))
-
-
-def _tied_groups(space: Space) -> list[list[Group]]:
-    """The groups of every dimension, in the order of ``space.dimensions``."""
-    tied: dict[Hashable, list[Group]] = {}
-    for group in space.groups:
-        tied.setdefault((group.kind, group.size) if space.options.uniform else group.name, []).append(group)
-    return list(tied.values())
 
 
 def _space_tree(space: Space, tied: Sequence[Sequence[Group]], lines: Sequence[_Line]) -> Table:

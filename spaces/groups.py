@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -276,15 +277,17 @@ def _sites(
     """
     choices: dict[tuple[str, str], list[Layout]] = {}
     seen = {(site.module, site.attribute) for site in trace.given_sizes}
+    read = seen | trace.calculated
     kinds = [group.kind for group in groups]
     for site in [*trace.given_sizes, *(s for s in trace.sites if (s.module, s.attribute) not in seen)]:
         found, key = layout(site.dimension), (site.module, site.attribute)
-        if _is_free(found) and (key in seen | trace.calculated or _is_count_of_heads(site.attribute, found, kinds)):
+        if _is_free(found) and (key in read or _is_count_of_heads(site.attribute, found, kinds)):
             choices.setdefault(key, []).append(found)
-    for key, layouts in choices.items():
-        layouts.sort(key=lambda one, attribute=key[1]: _mismatch(attribute, one, kinds), reverse=True)  # type: ignore[misc]
-    known = {(site.module, site.attribute): [layout(site.dimension)] for site in trace.known_sites}
-    return tuple((*key, layouts[-1]) for key, layouts in (choices | known).items() if _is_free(layouts[-1]))
+    chosen = {
+        key: min(reversed(layouts), key=partial(_mismatch, key[1], kinds=kinds)) for key, layouts in choices.items()
+    }
+    chosen |= {(site.module, site.attribute): layout(site.dimension) for site in trace.known_sites}
+    return tuple((*key, found) for key, found in chosen.items() if _is_free(found))
 
 
 def _is_count_of_heads(attribute: str, layout: Layout, kinds: list[str]) -> bool:

@@ -103,27 +103,27 @@ def note_bounds(index: Any) -> None:
 
 def sizes_in_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[Site, Any]]:
     """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
-    if name in ("view", "reshape", "expand") and isinstance(result, torch.Tensor):
-        shape = args[1:] or tuple(kwargs.get(key, ()) for key in ("shape", "size") if key in kwargs)
-        if len(shape) == 1 and isinstance(shape[0], tuple | list):
-            shape = tuple(shape[0])
+    for length, place in _lengths_in_call(name, args, kwargs, result):
+        if isinstance(length, TracedInt):
+            yield length.site, place
+
+
+def _lengths_in_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[tuple[Any, tuple[torch.Tensor, int]]]:
+    """The lengths that a call was given, each with the ``(tensor, dimension)`` that has it."""
+    if name in ("view", "reshape", "expand", *CREATING) and isinstance(result, torch.Tensor):
+        shape: Any = args if name in CREATING else args[1:]
+        shape = shape or tuple(kwargs[key] for key in ("shape", "size") if key in kwargs)
+        shape = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
         for dim, length in enumerate(shape):
-            if isinstance(length, TracedInt):
-                yield length.site, (result, dim)
-    elif name in CREATING and isinstance(result, torch.Tensor):
-        shape = args or (kwargs.get("size", ()),)
-        shape = shape if isinstance(shape[0], int) else shape[0]
-        for dim, length in enumerate(shape):
-            if isinstance(length, TracedInt):
-                yield length.site, (result, dim)
+            yield length, (result, dim)
     elif name == "unflatten" and isinstance(result, torch.Tensor):
         dim, lengths = int(args[1]) % args[0].dim(), args[2]
         for offset, length in enumerate(lengths):
-            if isinstance(length, TracedInt):
-                yield length.site, (result, dim + offset)
+            yield length, (result, dim + offset)
     elif name in ("split", "split_with_sizes") and len(args) > 1:
         dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()
         lengths = args[1] if isinstance(args[1], tuple | list) else [args[1]]
         for part, length in zip(result, lengths, strict=False):
-            if isinstance(length, TracedInt):
-                yield length.site, (part, dim)
+            yield length, (part, dim)

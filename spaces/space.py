@@ -64,10 +64,10 @@ class Space:
         self._dimension_of = np.zeros(len(structure.groups), dtype=np.intp)
         for dimension, members in enumerate(self._ties.values()):
             self._dimension_of[members] = dimension
-        first = [structure.groups[members[0]] for members in self._ties.values()]
-        self.sizes = np.array([group.size for group in first], dtype=np.int64)
-        self._steps = np.array([max(self.options.step(g) for g in self._tied(g)) for g in first], dtype=np.int64)
-        bounds = [[self.options.bounds(g) for g in self._tied(group)] for group in first]
+        tied = self.tied_groups
+        self.sizes = np.array([groups[0].size for groups in tied], dtype=np.int64)
+        self._steps = np.array([max(options.step(group) for group in groups) for groups in tied], dtype=np.int64)
+        bounds = [[options.bounds(group) for group in groups] for groups in tied]
         self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
         self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
         self._cost = CostModel(prepared, structure)
@@ -83,6 +83,11 @@ class Space:
     @property
     def frozen(self) -> tuple[Frozen, ...]:
         return self._structure.frozen
+
+    @property
+    def tied_groups(self) -> list[list[Group]]:
+        """The groups that share a width, in the order of :attr:`dimensions`."""
+        return [[self.groups[index] for index in members] for members in self._ties.values()]
 
     @property
     def model(self) -> nn.Module:
@@ -181,10 +186,6 @@ class Space:
             dense.memory_bytes - least.memory_bytes,
             dense.size_bytes - least.size_bytes,
         )
-
-    def _tied(self, group: Group) -> list[Group]:
-        dimension = self.dimensions[self._dimension_of[self._position[group.name]]]
-        return [self.groups[index] for index in self._ties[dimension]]
 
     def _kept(self, plan: Plan) -> Kept:
         kept = dict(plan.kept)
