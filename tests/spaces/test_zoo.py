@@ -16,7 +16,6 @@ from prunefront.spaces.inputs import Inputs, output_tensors
 from prunefront.spaces.proof import Comparable, outputs_of
 from tests.models import ZOO, build
 
-ROWS: list[list[str]] = []
 RATIOS = (0.3, 0.6)
 #: What cannot be taken out, and is refused by its proof: torch's layer asks its attention for more than a call.
 REFUSED = {"nn.TransformerEncoder": {"encoder.layers.*.self_attn"}}
@@ -56,7 +55,7 @@ def restricted(space: Space, plan: Plan, chosen: set[str]) -> Plan:
     return space.plan({name: width for name, width in plan.widths.items() if name in chosen})
 
 
-def test_every_group_holds_and_every_candidate_equals_its_mask(zoo):
+def test_every_group_holds_and_every_candidate_equals_its_mask(zoo, zoo_rows):
     name, space, inputs = zoo
     assert space.groups
     refused = {frozen.name for frozen in space.frozen if "failed its proof" in frozen.reason}
@@ -68,7 +67,7 @@ def test_every_group_holds_and_every_candidate_equals_its_mask(zoo):
         assert difference(space, restricted(space, plan, exact), inputs, normalising=False) < 1e-9
         if comparable - exact:
             assert difference(space, restricted(space, plan, comparable), inputs, normalising=True) < 1e-9
-    ROWS.append(row(name, space))
+    zoo_rows.append(row(name, space))
 
 
 def test_costs_are_what_torch_counts_and_candidates_run(zoo):
@@ -102,15 +101,3 @@ def row(name: str, space: Space) -> list[str]:
         f"{space.seconds['trace']:.2f}",
         f"{space.seconds['proof']:.2f}",
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table(request) -> Iterator[None]:
-    yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    heads = ["model", "groups", "kinds", "units", "prunable parameters", "trace s", "proof s"]
-    lines = [heads, ["---"] * len(heads), *ROWS]
-    if reporter is not None and ROWS:
-        reporter.write_line("")
-        for line in lines:
-            reporter.write_line(f"| {' | '.join(line)} |")
