@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .copying import copy_model
+
 
 class MultiheadAttention(nn.Module):
     """What :class:`torch.nn.MultiheadAttention` computes, with ``num_heads`` and ``head_dim`` as free sizes.
@@ -325,7 +327,7 @@ def replace(model: nn.Module) -> nn.Module:
     if not any(_maker(module) for module in model.modules()):
         return model
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, memo)
+    copied = copy_model(model, memo)
     for module in list(copied.modules()):
         if (equivalent := equivalent_of(module)) is not None:
             _become(module, equivalent)

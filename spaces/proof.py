@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .copying import copy_model
 from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
@@ -38,7 +38,7 @@ class Prover:
         if shapes_only:
             self._model, self._inputs = on_meta(model), inputs.map(_to_meta)
         else:
-            self._model, self._inputs = copy.deepcopy(model).double(), inputs.map(_to_double)
+            self._model, self._inputs = copy_model(model).double(), inputs.map(_to_double)
             _stir(self._model)
 
     def failures(self, structure: Structure, dimensions: Iterable[Sequence[str]]) -> dict[str, str]:
@@ -276,7 +276,7 @@ def on_meta(model: nn.Module) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return copy_model(model, memo)
 
 
 def _is_comparable(structure: Structure, kept: Kept) -> bool:

@@ -6,7 +6,6 @@ A file may name only classes of Python modules that are imported already or belo
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
 import sys
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .copying import copy_model
 from .errors import StorageError
 from .surgery import tensors_of
 
@@ -112,7 +112,7 @@ def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[st
         memo[id(tensor)] = tensors[name]
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
-    filled = copy.deepcopy(model, memo).eval()
+    filled = copy_model(model, memo).eval()
     for name, module in filled.named_modules():
         for key, encoded in entries[name]["attributes"].items():
             value = None if _is_config_reference(encoded) else _decode(encoded)

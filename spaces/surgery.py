@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .copying import copy_model
 from .groups import Kept, Layout, Owner, Structure
 from .huggingface import follow_config
 from .sizes import set_size
@@ -45,7 +46,7 @@ def slice_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module
                 shape = [-1 if d == dim else 1 for d in range(part.dim())]
                 part = part * torch.from_numpy(factors[name, dim][mask]).to(part).view(shape)
         memo[id(tensor)] = _owned(part, tensor)
-    candidate = copy.deepcopy(model, memo)
+    candidate = copy_model(model, memo)
     _set_integers(candidate, structure, kept)
     _take_out(candidate, structure, kept)
     follow_config(model, candidate, structure, kept)
@@ -54,7 +55,7 @@ def slice_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module
 
 def mask_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     """A copy of ``model`` of dense shapes in which the removed slices, and all of removed blocks, are zero."""
-    masked = copy.deepcopy(model)
+    masked = copy_model(model)
     with torch.no_grad():
         for name, tensor in tensors_of(masked).items():
             if any(_is_gone(owner, kept) for owner in structure.owners[name]):

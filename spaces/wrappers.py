@@ -34,6 +34,8 @@ def check_model(model: nn.Module) -> None:
                 raise ModelError(f"{where} is a wrapper: {_WRAPPERS[cls.__name__]}")
         if type(module).__module__.startswith("peft."):
             raise ModelError(f"{where} is an adapter: merge it first: model = model.merge_and_unload()")
+        if type(module).__module__.startswith(("torch.ao.quantization", "torchao.quantization")):
+            raise ModelError(f"{where} observes for quantisation: prune the model before it is prepared for that")
         if "quantized" in type(module).__module__ or any(_is_quantised(p) for p in module.parameters(recurse=False)):
             raise ModelError(f"{where} is quantised: prune the model first, and quantise the pruned one")
         if parametrize.is_parametrized(module):

@@ -215,6 +215,15 @@ def quantised() -> nn.Module:
             pytest.skip(f"no dynamic quantisation: {error}")
 
 
+def prepared() -> nn.Module:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = mlp().eval()
+    model.qconfig = quantization.default_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.prepare(model)
+
+
 def adapted() -> nn.Module:
     layer = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora"})
     return nn.Sequential(layer(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -232,11 +241,6 @@ def jit_traced() -> nn.Module:
         return torch.jit.trace(mlp(), X)
 
 
-def gap(reason: str) -> pytest.MarkDecorator:
-    """What the library does not do yet; the test fails as soon as it does."""
-    return pytest.mark.xfail(reason=reason, strict=True)
-
-
 UNWRAP = r"pass model\.module"
 UNTIE = "remove_parametrizations"
 UNHOOK = r"remove_weight_norm\(module\) or remove_spectral_norm"
@@ -247,6 +251,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "old weight_norm": (_with_first(torch.nn.utils.weight_norm), UNHOOK),
     "old spectral_norm": (_with_first(torch.nn.utils.spectral_norm), UNHOOK),
     "torch.nn.utils.prune": (_with_first(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), r"prune\.remove"),
+    "prepared for quantisation": (prepared, "prune the model before it is prepared"),
     "quantised": (quantised, "prune the model first, and quantise the pruned one"),
     "DataParallel": (lambda: nn.DataParallel(mlp()), UNWRAP),
     "DataParallel inside": (lambda: nn.Sequential(nn.DataParallel(mlp()), nn.Linear(3, 3)), UNWRAP),
@@ -301,7 +306,6 @@ class Remembering(nn.Module):
         return self.last(self.seen)
 
 
-@gap("apply copies the user's model, and an activation that needs a gradient cannot be copied")
 def test_a_model_that_keeps_its_activations_can_be_used_before_and_after():
     model = Remembering()
     model(X)
