@@ -12,6 +12,7 @@ from dataclasses import asdict
 import prunefront
 from prunefront.runners.tasks.cifar_resnet import DEPTHS, cifar_resnet
 from prunefront.search.candidates import Candidates, precision
+from prunefront.search.engine import WIDTH_KINDS
 
 BUDGET, TRIALS = {"macs": "50%"}, 100
 #: What running the model takes; all else is overhead.
@@ -22,7 +23,7 @@ PARTS = ("ask", "project", "build", "recalibrate", "score", "tell")
 def measure(depth: int) -> dict[str, object]:
     task = cifar_resnet(depth)
     model = task.make_model()
-    space = prunefront.discover(model, task.example_inputs)
+    space = prunefront.discover(model, task.example_inputs, kinds=WIDTH_KINDS)  # as a search does by default
     uniform = prunefront.project(space, BUDGET)
     candidates = Candidates(space, task.calibration, 1, task.autocast)
     baseline = candidates.prepare(uniform)
