@@ -1,0 +1,192 @@
+"""Calibration data, and what one pass of it over the dense model tells about every consumer's inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .consumers import Call, Watcher, sampled
+from .errors import CalibrationError
+from .groups import Structure
+from .inputs import Inputs
+from .surgery import tensors_of
+from .trace import evaluating
+
+logger = logging.getLogger(__name__)
+
+#: A consumer with more columns than this is described by its channels alone.
+MAX_COLUMNS = 1152
+#: All second moments together take at most this.
+MAX_BYTES = 4 * 2**30
+#: Vectors drawn a consumer, in all and at least a column.
+ROWS, ROWS_A_COLUMN = 8192, 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of training data, readable again and again.
+
+    A batch is a tensor, a mapping of keyword arguments, or a tuple or list whose first ``arguments`` items are the
+    model's arguments. ``loss(output, batch)`` returns the scalar that gradients are taken of; without one, see
+    :func:`.criteria.gradients.sensitivity`. ``autocast``: run in this type.
+    """
+
+    batches: Iterable[Any]
+    arguments: int = 1
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Iterator):
+            raise CalibrationError(
+                "calibration is a generator, which is empty after one reading, and it is read again and again; "
+                "pass a DataLoader or a list of batches"
+            )
+
+    def inputs(self, batch: Any) -> Inputs:
+        return Inputs.of(tuple(batch[: self.arguments]) if isinstance(batch, tuple | list) else batch)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (self.inputs(batch) for batch in self.batches)
+
+    def samples(self) -> int:
+        """Number of samples: the first dimension of the first tensor of every batch."""
+        return sum(len(_first_tensor(batch)) for batch in self.batches)
+
+    def precision(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return precision(model, self.autocast)
+
+
+def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to ``autocast`` on the device of ``model``; nothing where that is None."""
+    if autocast is None:
+        return nullcontext()
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    return torch.autocast(device, dtype=autocast)
+
+
+@dataclass
+class Moments:
+    """Of what a consumer multiplies: ``gram (columns + 1, columns + 1)``, float64, the last column is of ones.
+
+    ``by_channel``: a column is a channel, not an element of a window; ``gram`` is then that of single input vectors.
+    Without ``gram`` only its ``diagonal`` and last column, the ``sums``, are known, by channel.
+    """
+
+    in_dim: int
+    out_dim: int
+    by_channel: bool
+    #: The parameter or buffer that takes up a constant: a bias (added), the running mean of a BatchNorm (subtracted).
+    shift: tuple[str, int] | None
+    gram: torch.Tensor | None
+    diagonal: torch.Tensor
+    sums: torch.Tensor
+    samples: int = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        rows = rows.detach().float()
+        self.samples += len(rows)
+        self.sums += rows.sum(0, dtype=torch.float64)
+        if self.gram is None:
+            self.diagonal += rows.square().sum(0, dtype=torch.float64)
+        else:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            self.gram += (rows.T @ rows).double()
+            self.diagonal = self.gram.diagonal()[:-1]
+
+
+@dataclass
+class Statistics:
+    """The moments of every consumer that a group reaches, and what was too large for them."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(8 * m.gram.numel() for m in self.moments.values() if m.gram is not None)
+
+
+def collect(model: nn.Module, structure: Structure, calibration: Calibration, seed: int = 0) -> Statistics:
+    """One pass of ``calibration`` over ``model``."""
+    statistics = Statistics()
+    batches = sum(1 for _ in calibration.batches)
+    watcher = _Collector(model, structure, statistics, max(batches, 1), seed)
+    with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
+        for inputs in calibration:
+            inputs.call(model)
+    for name, note in statistics.notes.items():
+        logger.info("%s: %s", name, note)
+    return statistics
+
+
+def is_prunable(structure: Structure, parameter: str, dim: int) -> bool:
+    """Whether a group reaches dimension ``dim`` of ``parameter``."""
+    return any(factor >= 0 for term in structure.tensors[parameter][dim] for factor in term)
+
+
+class _Collector(Watcher):
+    def __init__(self, model: nn.Module, structure: Structure, statistics: Statistics, batches: int, seed: int) -> None:
+        super().__init__(model)
+        self.structure, self.statistics, self.batches = structure, statistics, batches
+        self.state_names = {id(tensor): name for name, tensor in tensors_of(model).items()}
+        self.last: tuple[str, Any] = ("", None)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def consumer(self, call: Call) -> Any:
+        if not is_prunable(self.structure, call.parameter, call.in_dim):
+            return call.run()
+        moments = self.statistics.moments.get(call.parameter) or self._new(call)
+        count = max(ROWS, ROWS_A_COLUMN * len(moments.sums)) // self.batches + 1
+        if moments.by_channel:
+            places = sampled(call.x.numel() // call.x.shape[1], count, self.generator)
+            moments.add(call.channel_rows(places.to(call.x.device)))
+        else:
+            moments.add(call.rows(sampled(call.count(), count, self.generator).to(call.x.device)))
+        output = call.run()
+        self.last = call.parameter, output
+        return output
+
+    def other(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        parameter, output = self.last
+        if func is F.batch_norm and args[0] is output and self.statistics.moments[parameter].shift is None:
+            if (mean := self.state_names.get(id(args[1]))) is not None:
+                self.statistics.moments[parameter].shift = (mean, -1)
+        return func(*args, **kwargs)
+
+    def _new(self, call: Call) -> Moments:
+        channels = call.weight.shape[call.in_dim]
+        columns = call.weight.numel() // call.weight.shape[call.out_dim]
+        by_channel = call.window is not None and columns > MAX_COLUMNS
+        size = channels if by_channel else columns
+        whole = self.statistics.bytes + 8 * (size + 1) ** 2 <= MAX_BYTES
+        if not whole:
+            by_channel = call.window is not None
+            size = channels
+            self.statistics.notes[call.parameter] = f"no memory for the moments of {columns} columns: means alone"
+        elif by_channel:
+            self.statistics.notes[call.parameter] = f"{columns} columns: fitted by channel"
+        device = call.x.device
+        bias = None if call.bias is None else self.state_names.get(id(call.bias))
+        gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device) if whole else None
+        zeros = torch.zeros(size, dtype=torch.float64, device=device)
+        shift = None if bias is None else (bias, 1)
+        moments = Moments(call.in_dim, call.out_dim, by_channel, shift, gram, zeros, zeros.clone())
+        self.statistics.moments[call.parameter] = moments
+        return moments
+
+
+def _first_tensor(batch: Any) -> torch.Tensor:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, torch.Tensor):
+        raise CalibrationError(f"a calibration batch must be a tensor or start with one, not {type(batch).__name__}")
+    return first
