@@ -81,12 +81,21 @@ class CostModel:
         memory = totals[:, 3:].max(axis=1) if totals.shape[1] > 3 else np.zeros(len(widths))
         return np.column_stack([totals[:, 0], totals[:, 1], memory, totals[:, 2]])
 
+    def of_widths(self, widths: Sequence[int], blocks: Sequence[NDArray[np.bool_]]) -> Cost:
+        """The cost of one plan: ``widths (groups,)``, and for every group of blocks in order which units stay."""
+        # A batch of one plan would spend most of its time on its second dimension.
+        values = np.ones(self._one + 1)
+        values[: len(widths)] = widths
+        if blocks:
+            values[len(widths) : -1] = np.concatenate(blocks)
+        totals = values.take(self._index).prod(axis=1) @ self._coefficients
+        memory = totals[3:].max() if len(totals) > 3 else 0
+        return Cost(int(totals[0]), int(totals[1]), int(memory), int(totals[2]))
+
     def __call__(self, kept: Kept) -> Cost:
         """The cost of one plan, given the units that stay in every group."""
-        widths = np.array([[mask.sum() for mask in kept]])
-        blocks = [mask[None] for mask, group in zip(kept, self._groups, strict=True) if group.blocks]
-        macs, params, memory, size = self.batch(widths, blocks)[0]
-        return Cost(int(macs), int(params), int(memory), int(size))
+        blocks = [mask for mask, group in zip(kept, self._groups, strict=True) if group.blocks]
+        return self.of_widths([int(np.count_nonzero(mask)) for mask in kept], blocks)
 
 
 class _Terms:

@@ -22,7 +22,7 @@ from .huggingface import inexpressible
 from .importance import unit_scores
 from .inputs import Inputs
 from .options import Options, check_kinds
-from .plan import Plan
+from .plan import Plan, Ranking
 from .proof import Prover
 from .residual import find_stacks
 from .surgery import mask_model, slice_model, tensors_of
@@ -64,6 +64,7 @@ class Space:
         self._dimension_of = np.zeros(len(structure.groups), dtype=np.intp)
         for dimension, members in enumerate(self._ties.values()):
             self._dimension_of[members] = dimension
+        self._tied_names = [self.dimensions[dimension] for dimension in self._dimension_of]
         tied = self.tied_groups
         self.sizes = np.array([groups[0].size for groups in tied], dtype=np.int64)
         self._steps = np.array([max(options.step(group) for group in groups) for groups in tied], dtype=np.int64)
@@ -71,9 +72,11 @@ class Space:
         self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
         self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
         self._cost = CostModel(prepared, structure)
+        self._block_groups = [index for index, group in enumerate(structure.groups) if group.blocks]
         scores = unit_scores(prepared, structure, importance, seed)
         self._order = [np.argsort(-score, kind="stable") for score in scores]
-        self._rank = [np.argsort(order) for order in self._order]
+        self._ranking = Ranking([group.name for group in structure.groups], self._order)
+        self._rank = self._ranking.ranks
         self.fingerprint = self._fingerprint()
 
     @property
@@ -102,21 +105,20 @@ class Space:
         Raises:
             PlanError: an unknown group, or a width that is not in 1..size.
         """
-        if unknown := set(widths) - set(self._position) - set(self._ties):
+        if unknown := widths.keys() - self._position.keys() - self._ties.keys():
             raise PlanError(f"unknown groups {sorted(unknown)}; this space has {', '.join(self._position)}")
-        kept = {}
-        for position, (group, order) in enumerate(zip(self.groups, self._order, strict=True)):
-            tied = self.dimensions[self._dimension_of[position]]
+        chosen = []
+        for group, tied in zip(self.groups, self._tied_names, strict=True):
             width = widths.get(group.name, widths.get(tied, group.size))
-            valid = isinstance(width, int | np.integer) and not isinstance(width, bool)
+            valid = type(width) is int or (isinstance(width, int | np.integer) and not isinstance(width, bool))
             if not valid or not group.at_least <= width <= group.size:
                 raise PlanError(
                     f"width of {group.name} must be a whole number in {group.at_least}..{group.size}, not {width!r}"
                 )
             if width % group.multiple_of and width != group.size:
                 raise PlanError(f"width of {group.name} must be a multiple of {group.multiple_of}, not {width}")
-            kept[group.name] = order[:width]
-        return Plan.of(kept)
+            chosen.append(int(width))
+        return Plan.first(self._ranking, chosen)
 
     def uniform(self, ratio: float, kinds: Iterable[str] | None = None) -> Plan:
         """Remove the share ``ratio`` of the units of every group (of the given ``kinds``).
@@ -136,7 +138,10 @@ class Space:
         return self.plan({group.name: int(width) for group, width in by_group if group.kind in chosen})
 
     def cost(self, plan: Plan) -> Cost:
-        return self._cost(self._kept(plan))
+        widths = plan.prefix_of(self._ranking)
+        if widths is None:
+            return self._cost(self._kept(plan))
+        return self._cost.of_widths(widths, [self._rank[i] < widths[i] for i in self._block_groups])
 
     def cost_batch(self, widths: NDArray[np.integer]) -> NDArray[np.float64]:
         """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
@@ -188,13 +193,15 @@ class Space:
         )
 
     def _kept(self, plan: Plan) -> Kept:
+        if (widths := plan.prefix_of(self._ranking)) is not None:
+            return self._ranking.first(widths)
         kept = dict(plan.kept)
         if set(kept) != set(self._position):
             raise PlanError("the plan belongs to another space: its groups differ")
         masks = []
         for group in self.groups:
             units = kept[group.name]
-            if len(units) < group.at_least or units[-1] >= group.size:
+            if len(units) < group.at_least or units[0] < 0 or units[-1] >= group.size:
                 raise PlanError(
                     f"the plan keeps units of {group.name} outside 0..{group.size - 1}, or fewer than {group.at_least}"
                 )
