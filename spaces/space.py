@@ -7,25 +7,28 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .calibration import Calibration
+from .compensation import Compensation
 from .cost import Cost, CostModel
+from .criteria import CRITERIA, Evidence, unit_scores
 from .equivalents import replace
 from .errors import ConfigError, EmptySpaceError, PlanError
 from .groups import Frozen, Group, Kept, Structure, build_structure, freeze_groups
 from .huggingface import inexpressible
-from .importance import unit_scores
 from .inputs import Inputs
 from .options import Options, check_kinds
 from .plan import Plan, Ranking
 from .proof import Prover
 from .residual import find_stacks
-from .surgery import mask_model, slice_model, tensors_of
+from .surgery import Slicer, mask_model, tensors_of
 from .trace import Trace, record
 from .wrappers import check_model
 
@@ -49,13 +52,15 @@ class Space:
         prepared: nn.Module,
         structure: Structure,
         options: Options,
-        importance: str,
-        seed: int,
+        criteria: Sequence[str],
+        evidence: Evidence,
+        compensation: Compensation,
         seconds: Mapping[str, float],
     ) -> None:
         self._model, self._prepared, self._structure = model, prepared, structure
-        self.options, self.importance, self.seed = options, importance, seed
-        #: Seconds that discovery took: trace, proof.
+        self.options, self.criteria, self._evidence = options, tuple(criteria), evidence
+        self._compensation = compensation
+        #: Seconds that discovery took: trace, proof, criteria.
         self.seconds = dict(seconds)
         self._position = {group.name: index for index, group in enumerate(structure.groups)}
         self._ties = _ties(structure.groups, options.uniform)
@@ -72,11 +77,12 @@ class Space:
         self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
         self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
         self._cost = CostModel(prepared, structure)
+        self._slicer = Slicer(prepared, structure)
         self._block_groups = [index for index, group in enumerate(structure.groups) if group.blocks]
-        scores = unit_scores(prepared, structure, importance, seed)
-        self._order = [np.argsort(-score, kind="stable") for score in scores]
-        self._ranking = Ranking([group.name for group in structure.groups], self._order)
-        self._rank = self._ranking.ranks
+        names = [group.name for group in structure.groups]
+        started = time.perf_counter()
+        self._rankings = {name: Ranking(names, _orders(unit_scores(name, evidence))) for name in self.criteria}
+        self.seconds["criteria"] = time.perf_counter() - started
         self.fingerprint = self._fingerprint()
 
     @property
@@ -93,17 +99,31 @@ class Space:
         return [[self.groups[index] for index in members] for members in self._ties.values()]
 
     @property
+    def compensation(self) -> str:
+        """What :meth:`apply` does to a candidate after slicing; see :mod:`.compensation`."""
+        return self._compensation.method
+
+    @property
+    def repairs_nothing_by_choice(self) -> bool:
+        """Whether ``compensation="none"`` was asked for."""
+        return self._compensation.requested == "none"
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self._evidence.calibration
+
+    @property
     def model(self) -> nn.Module:
         """The dense model."""
         return self._model
 
-    def plan(self, widths: Mapping[str, int]) -> Plan:
+    def plan(self, widths: Mapping[str, int], criterion: str | None = None) -> Plan:
         """The plan that keeps the ``widths[name]`` most important units; groups that are not named stay whole.
 
-        Names are those of groups, or of :attr:`dimensions`.
+        Names are those of groups, or of :attr:`dimensions`. ``criterion``: one of :attr:`criteria`, or the first.
 
         Raises:
-            PlanError: an unknown group, or a width that is not in 1..size.
+            PlanError: an unknown group or criterion, or a width that is not in 1..size.
         """
         if unknown := widths.keys() - self._position.keys() - self._ties.keys():
             raise PlanError(f"unknown groups {sorted(unknown)}; this space has {', '.join(self._position)}")
@@ -118,9 +138,9 @@ class Space:
             if width % group.multiple_of and width != group.size:
                 raise PlanError(f"width of {group.name} must be a multiple of {group.multiple_of}, not {width}")
             chosen.append(int(width))
-        return Plan.first(self._ranking, chosen)
+        return Plan.first(self._ranking(criterion), chosen)
 
-    def uniform(self, ratio: float, kinds: Iterable[str] | None = None) -> Plan:
+    def uniform(self, ratio: float, kinds: Iterable[str] | None = None, criterion: str | None = None) -> Plan:
         """Remove the share ``ratio`` of the units of every group (of the given ``kinds``).
 
         Widths are rounded to ``round_to``, at least one step, and below the full width when ``ratio`` > 0 and the
@@ -135,18 +155,20 @@ class Space:
             raise PlanError(str(error)) from error
         widths = self.round_widths((1 - ratio) * self.sizes.astype(np.float64))
         by_group = zip(self.groups, widths[self._dimension_of], strict=True)
-        return self.plan({group.name: int(width) for group, width in by_group if group.kind in chosen})
+        chosen_widths = {group.name: int(width) for group, width in by_group if group.kind in chosen}
+        return self.plan(chosen_widths, criterion)
 
     def cost(self, plan: Plan) -> Cost:
-        widths = plan.prefix_of(self._ranking)
-        if widths is None:
+        ranking, widths = self._prefix(plan)
+        if ranking is None:
             return self._cost(self._kept(plan))
-        return self._cost.of_widths(widths, [self._rank[i] < widths[i] for i in self._block_groups])
+        return self._cost.of_widths(widths, [ranking.ranks[i] < widths[i] for i in self._block_groups])
 
-    def cost_batch(self, widths: NDArray[np.integer]) -> NDArray[np.float64]:
+    def cost_batch(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
         """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
         by_group = widths[:, self._dimension_of]
-        blocks = [self._rank[i] < by_group[:, i, None] for i, group in enumerate(self.groups) if group.blocks]
+        ranks = self._ranking(criterion).ranks
+        blocks = [ranks[i] < by_group[:, i, None] for i in self._block_groups]
         return self._cost.batch(by_group, blocks)
 
     def smallest_widths(self) -> NDArray[np.int64]:
@@ -172,8 +194,18 @@ class Space:
         return self._cost([np.ones(group.size, dtype=bool) for group in self.groups])
 
     def apply(self, plan: Plan) -> nn.Module:
-        """A really smaller model with its own parameters, ready to train."""
-        return slice_model(self._prepared, self._structure, self._kept(plan))
+        """A really smaller model with its own parameters, ready to train: sliced, then :attr:`compensation`."""
+        return self.repair(self.build(plan), plan)
+
+    def build(self, plan: Plan) -> nn.Module:
+        """The part of :meth:`apply` that runs no model: slices, and weights fitted from moments of the dense model."""
+        kept, (ranking, _) = self._kept(plan), self._prefix(plan)
+        return self._slicer(kept, self._compensation.weights(kept, None if ranking is None else ranking.ranks))
+
+    def repair(self, candidate: nn.Module, plan: Plan) -> nn.Module:
+        """The part of :meth:`apply` that runs ``candidate``, and changes it: BatchNorm statistics, sequential fits."""
+        self._compensation.run(candidate, self._kept(plan))
+        return candidate
 
     def mask(self, plan: Plan) -> nn.Module:
         """A model of dense shapes in which what the plan removes is zero."""
@@ -183,7 +215,7 @@ class Space:
         """What of the dense cost goes when ``group`` is at its smallest and all others are whole."""
         kept = [np.ones(g.size, dtype=bool) for g in self.groups]
         index = self._position[group.name]
-        kept[index] = self._rank[index] < self._low[self._dimension_of[index]]
+        kept[index] = self._ranking().ranks[index] < self._low[self._dimension_of[index]]
         dense, least = self.dense_cost, self._cost(kept)
         return Cost(
             dense.macs - least.macs,
@@ -192,9 +224,22 @@ class Space:
             dense.size_bytes - least.size_bytes,
         )
 
+    def _ranking(self, criterion: str | None = None) -> Ranking:
+        if criterion is not None and criterion not in self._rankings:
+            raise PlanError(f"unknown criterion {criterion!r}; this space has {', '.join(self.criteria)}")
+        return self._rankings[criterion or self.criteria[0]]
+
+    def _prefix(self, plan: Plan) -> tuple[Ranking | None, list[int]]:
+        """The order that ``plan`` is a prefix of, and its widths by group; None for plans from elsewhere."""
+        for ranking in self._rankings.values():
+            if (widths := plan.prefix_of(ranking)) is not None:
+                return ranking, widths
+        return None, []
+
     def _kept(self, plan: Plan) -> Kept:
-        if (widths := plan.prefix_of(self._ranking)) is not None:
-            return self._ranking.first(widths)
+        ranking, widths = self._prefix(plan)
+        if ranking is not None:
+            return ranking.first(widths)
         kept = dict(plan.kept)
         if set(kept) != set(self._position):
             raise PlanError("the plan belongs to another space: its groups differ")
@@ -221,7 +266,11 @@ def discover(
     model: nn.Module,
     example_inputs: Any,
     *,
-    importance: str = "l1",
+    criterion: str | Sequence[str] = "l1",
+    calibration: Iterable[Any] | Calibration | None = None,
+    compensation: str = "auto",
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    autocast: torch.dtype | None = None,
     kinds: Sequence[str] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -237,6 +286,11 @@ def discover(
     ``example_inputs``: a tensor, a tuple of arguments, or a mapping of keyword arguments; costs refer to these inputs,
     and of a forward that decides by its data the branch that they take is the one that is seen. ``kinds``, ``include``,
     ``exclude``, ``min_ratio``, ``max_ratio``, ``round_to``, ``uniform``: see :class:`.options.Options`.
+    ``criterion``: which units stay, one of :data:`.criteria.CRITERIA` or several to choose from. ``calibration``:
+    batches of training data, readable again and again, for criteria and compensation; ``loss(output, batch)``: for
+    those that take gradients, see :class:`.calibration.Calibration`; ``autocast``: run in this type. ``compensation``:
+    how candidates are repaired, one of :data:`.compensation.METHODS`, or ``auto``: least_squares where there is
+    calibration data, else none.
     ``proof``: ``full`` compares numbers, ``shapes`` only runs pruned shapes without numbers (for models on the meta
     device, or too large for three copies in double precision), ``auto`` chooses by the model's size and device.
 
@@ -244,13 +298,19 @@ def discover(
         ModelError: the model is wrapped, quantised or parametrised; the message says what to do.
         TraceError: the model rejects the inputs or its output is not finite.
         EmptySpaceError: nothing can be pruned; the message says why.
-        ConfigError: an option has an unknown name or a value out of range.
+        ConfigError: an option has an unknown name or a value out of range, or needs calibration data.
+        CalibrationError: calibration data cannot be read twice, or is too little for BatchNorm.
     """
+    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
+    if unknown := [name for name in criteria if name not in CRITERIA] or not criteria:
+        raise ConfigError(f"unknown criterion {unknown}; expected some of {', '.join(CRITERIA)}")
     options = Options(kinds, tuple(include), tuple(exclude), min_ratio, max_ratio, round_to, uniform)
     if proof not in PROOFS:
         raise ConfigError(f"unknown proof {proof!r}; expected one of {', '.join(PROOFS)}")
     check_model(model)
     inputs = Inputs.of(example_inputs)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration, len(inputs.args), loss, autocast)
     started = time.perf_counter()
     prepared = replace(model)
     trace = record(prepared, inputs)
@@ -269,7 +329,14 @@ def discover(
     if not structure.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in structure.frozen[:5])
         raise EmptySpaceError(f"nothing in this model can be pruned ({reasons or 'no weights were used'})")
-    return Space(model, prepared, structure, options, importance, seed, seconds)
+    evidence = Evidence(prepared, structure, calibration, seed)
+    repair = Compensation(evidence, compensation)
+    return Space(model, prepared, structure, options, criteria, evidence, repair, seconds)
+
+
+def _orders(scores: Iterable[NDArray[np.float64]]) -> list[NDArray[np.intp]]:
+    """Units, most important first."""
+    return [np.argsort(-score, kind="stable") for score in scores]
 
 
 def _unwanted(model: nn.Module, structure: Structure, options: Options) -> dict[str, str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .copying import copy_model
+from .copying import collector_paused, copy_model
 from .groups import Kept, Layout, Owner, Structure
 from .huggingface import follow_config
 from .sizes import set_size
+
+#: For some dimensions in order, the elements that stay.
+Chosen = list[tuple[int, NDArray[np.int64]]]
+#: By tensor, dimensions and what their elements are multiplied with.
+Factors = Mapping[str, list[tuple[int, NDArray[np.float64]]]]
 
 
 def elements(layout: Layout, kept: Kept) -> NDArray[np.bool_]:
@@ -28,29 +37,255 @@ def elements(layout: Layout, kept: Kept) -> NDArray[np.bool_]:
     return np.concatenate(parts)
 
 
-def slice_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
-    """A copy of ``model`` that owns only the kept slices, with every size attribute set."""
-    memo: dict[int, Any] = {}
-    factors = _scale_factors(structure, kept)
-    for name, tensor in tensors_of(model).items():
-        if any(_is_gone(owner, kept) for owner in structure.owners[name]):
+def kept_elements(structure: Structure, kept: Kept, tensor: str, dim: int) -> NDArray[np.int64]:
+    """Which elements of the dense dimension the candidate's consists of, in the candidate's order (ascending)."""
+    return np.flatnonzero(elements(structure.tensors[tensor][dim], kept))
+
+
+def slice_model(
+    model: nn.Module, structure: Structure, kept: Kept, replaced: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """One candidate; see :class:`Slicer`, which makes many."""
+    return Slicer(model, structure)(kept, replaced)
+
+
+class Slicer:
+    """Makes candidates of one model, from several threads if need be.
+
+    A candidate owns only the kept slices, with every size attribute set. Those on the CPU share one allocation, which
+    lives as long as any of them: large allocations come in huge pages, which the kernel clears several times faster.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self._model, self._structure = model, structure
+        self._recipe: Recipe | None = None
+
+    def __call__(self, kept: Kept, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """``replaced``: tensors of the candidate's shapes, by name, that take the place of slices.
+
+        Raises:
+            ValueError: a tensor of ``replaced`` has another shape than the slice.
+        """
+        with collector_paused():
+            return self._slice(kept, replaced or {})
+
+    def _slice(self, kept: Kept, replaced: Mapping[str, torch.Tensor]) -> nn.Module:
+        recipe = self._recipe
+        if recipe is None or not recipe.is_of_now():
+            recipe = self._recipe = write_recipe(self._model, self._structure)
+        picks = [_pick(layout, kept) for layout in recipe.layouts]
+        memo: dict[int, Any] = {}
+        with torch.no_grad():
+            _slice_tensors(recipe, picks, _factors(self._structure, kept), kept, replaced, memo)
+        candidate = copy_model(self._model, memo)
+        modules = {name: memo.get(id(module)) for name, module in recipe.modules.items()}
+        if None in modules.values():  # below a module that copies itself
+            modules = dict(candidate.named_modules())
+        for name, attribute, slot in recipe.sites:
+            set_size(modules[name], attribute, recipe.width(slot, picks))
+        for name in recipe.sized:
+            _follow_weight(modules[name])
+        _take_out(modules, self._structure, kept)
+        follow_config(self._model, candidate, self._structure, kept)
+        return candidate
+
+
+#: The elements of a dimension that stay; None for all.
+Pick = NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """A parameter or buffer: where the model holds it, and the layouts of those of its dimensions that can shrink."""
+
+    name: str
+    holder: dict[str, torch.Tensor]
+    key: str
+    dims: tuple[tuple[int, int], ...]
+    owners: tuple[Owner, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is the same for all candidates. Layouts are numbered: many tensors share one."""
+
+    layouts: tuple[Layout, ...]
+    sizes: tuple[int, ...]
+    tensors: tuple[_Sliced, ...]
+    modules: dict[str, nn.Module]
+    #: Every module's place in its parent.
+    places: tuple[tuple[dict[str, Any], str, nn.Module], ...]
+    sites: tuple[tuple[str, str, int], ...]
+    #: Modules that keep sizes beside their weights.
+    sized: tuple[str, ...]
+
+    def is_of_now(self) -> bool:
+        """Whether the model still consists of the same modules."""
+        return all(children.get(key) is module for children, key, module in self.places)
+
+    def width(self, slot: int, picks: Sequence[Pick]) -> int:
+        pick = picks[slot]
+        return self.sizes[slot] if pick is None else len(pick)
+
+
+def write_recipe(model: nn.Module, structure: Structure) -> Recipe:
+    slots: dict[Layout, int] = {}
+
+    def slot(layout: Layout) -> int:
+        return slots.setdefault(layout, len(slots))
+
+    modules = dict(model.named_modules())
+    tensors = []
+    for name in tensors_of(model):
+        path, _, key = name.rpartition(".")
+        holder: Any = modules[path]._parameters if key in modules[path]._parameters else modules[path]._buffers
+        layouts = enumerate(structure.tensors[name])
+        dims = tuple((dim, slot(layout)) for dim, layout in layouts if any(f >= 0 for term in layout for f in term))
+        tensors.append(_Sliced(name, holder, key, dims, structure.owners[name]))
+    sites = tuple((name, attribute, slot(layout)) for name, attribute, layout in structure.sites)
+    return Recipe(
+        tuple(slots),
+        tuple(_dense_size(structure, layout) for layout in slots),
+        tuple(tensors),
+        modules,
+        tuple((m._modules, key, child) for m in modules.values() for key, child in m._modules.items()),
+        sites,
+        tuple(name for name, module in modules.items() if isinstance(module, _SIZED)),
+    )
+
+
+def _pick(layout: Layout, kept: Kept) -> Pick:
+    mask = kept[layout[0][0]] if len(layout) == len(layout[0]) == 1 and layout[0][0] >= 0 else elements(layout, kept)
+    return None if mask.all() else np.flatnonzero(mask)
+
+
+#: What numpy takes elements of a type for. Of others (complex numbers, quantised ones) torch makes the slices.
+_CARRIERS = {dtype: dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bool, torch.uint8)}
+_CARRIERS |= {dtype: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
+_CARRIERS |= {torch.bfloat16: torch.int16}
+_CARRIERS |= dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.uint8)
+_NUMPY = {carrier: torch.empty(0, dtype=carrier).numpy().dtype for carrier in set(_CARRIERS.values())}
+_STANDARD = (nn.Parameter, torch.Tensor)
+#: Bytes: what vector instructions and caches like, what is sliced in one go, and candidates worth starting threads for.
+_ALIGNMENT, _CHUNK = 64, 1 << 18
+_PARALLEL = 1 << 26
+
+
+def _slice_tensors(
+    recipe: Recipe,
+    picks: Sequence[Pick],
+    factors: Factors,
+    kept: Kept,
+    replaced: Mapping[str, torch.Tensor],
+    memo: dict[int, Any],
+) -> None:
+    """Put the candidate's parameters and buffers into ``memo``, by the ids of the model's."""
+    jobs: list[tuple[str, torch.Tensor, Chosen, list[int], int]] = []
+    end = 0
+    for sliced in recipe.tensors:
+        tensor = sliced.holder[sliced.key]
+        if sliced.owners and any(_is_gone(owner, kept) for owner in sliced.owners):
             memo[id(tensor)] = tensor  # its module is about to be taken out
             continue
-        part = tensor.detach()
-        for dim, layout in enumerate(structure.tensors[name]):
-            mask = elements(layout, kept)
-            rows = torch.from_numpy(np.flatnonzero(mask)).to(part.device)
-            if not mask.all():
-                part = part.index_select(dim, rows)
-            if (name, dim) in factors:
-                shape = [-1 if d == dim else 1 for d in range(part.dim())]
-                part = part * torch.from_numpy(factors[name, dim][mask]).to(part).view(shape)
-        memo[id(tensor)] = _owned(part, tensor)
-    candidate = copy_model(model, memo)
-    _set_integers(candidate, structure, kept)
-    _take_out(candidate, structure, kept)
-    follow_config(model, candidate, structure, kept)
-    return candidate
+        chosen = [(dim, pick) for dim, slot in sliced.dims if (pick := picks[slot]) is not None]
+        shape = list(tensor.shape)
+        for dim, pick in chosen:
+            shape[dim] = len(pick)
+        if sliced.name in replaced:
+            part = _fitting(sliced.name, replaced[sliced.name], tensor, shape)
+        elif tensor.dtype in _CARRIERS and tensor.is_cpu and tensor.is_contiguous() and type(tensor) in _STANDARD:
+            jobs.append((sliced.name, tensor, chosen, shape, end))
+            end += -(-math.prod(shape) * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT
+            continue
+        else:
+            part = _selected(tensor, chosen)
+        memo[id(tensor)] = _owned(_scaled(part, sliced.name, chosen, factors), tensor)
+    storage = _allocate(end)
+    sources = [tensor if (c := _CARRIERS[tensor.dtype]) is tensor.dtype else tensor.view(c) for _, tensor, *_ in jobs]
+    parts = [
+        (source.numpy(), np.ndarray(shape, _NUMPY[source.dtype], storage, start), chosen)
+        for source, (_, _, chosen, shape, start) in zip(sources, jobs, strict=True)
+    ]
+    _gather_all(parts, end)
+    for (name, tensor, chosen, shape, _), (_, part, _) in zip(jobs, parts, strict=True):
+        owned = torch.from_numpy(part)
+        if owned.dtype is not tensor.dtype:
+            # Not view(), which autograd would remember.
+            owned = torch.empty(0, dtype=tensor.dtype).set_(owned.untyped_storage(), 0, shape)
+        memo[id(tensor)] = _owned(_scaled(owned, name, chosen, factors), tensor)
+
+
+def _allocate(size: int) -> NDArray[np.uint8]:
+    """``size`` bytes, aligned; from numpy, which asks the kernel for huge pages."""
+    storage = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    skipped = -storage.ctypes.data % _ALIGNMENT
+    return storage[skipped : skipped + size]
+
+
+def _gather_all(parts: list[tuple[NDArray[Any], NDArray[Any], Chosen]], size: int) -> None:
+    threads = torch.get_num_threads()
+    if size < _PARALLEL or threads == 1:
+        for source, part, chosen in parts:
+            _gather(source, part, chosen)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        largest_first = sorted(parts, key=lambda item: -item[1].nbytes)
+        for done in [pool.submit(_gather, *item) for item in largest_first]:
+            done.result()
+
+
+def _gather(source: NDArray[Any], part: NDArray[Any], chosen: Chosen) -> None:
+    """Copy the chosen elements of ``source`` to ``part``.
+
+    A convolution's kernels are long enough to be looked up one by one; single elements are taken from whole rows that
+    were copied before, in pieces that stay in the cache.
+    """
+    # Every index is valid; of the modes that write to their place at once, "wrap" is the fastest.
+    if not chosen:
+        np.copyto(part, source)
+    elif len(chosen) == 1:
+        ((dim, pick),) = chosen
+        source.take(pick, dim, out=part, mode="wrap")
+    elif len(chosen) == 2 and math.prod(source.shape[2:]) > 1 and [dim for dim, _ in chosen] == [0, 1]:
+        (_, rows), (_, columns) = chosen
+        kernels = (rows[:, None] * source.shape[1] + columns).reshape(-1)
+        inner = source.shape[2:]
+        source.reshape(-1, *inner).take(kernels, 0, out=part.reshape(-1, *inner), mode="wrap")
+    else:
+        _gather_rows(source, part, chosen)
+
+
+def _gather_rows(source: NDArray[Any], part: NDArray[Any], chosen: Chosen) -> None:
+    (first, rows), *others = chosen if chosen[0][0] == 0 else [(0, np.arange(len(source))), *chosen]
+    *between, (last, pick) = others
+    step = max(1, _CHUNK // max(1, source[0].nbytes))
+    for start in range(0, len(rows), step):
+        piece = source.take(rows[start : start + step], first)
+        for dim, indices in between:
+            piece = piece.take(indices, dim)
+        piece.take(pick, last, out=part[start : start + step], mode="wrap")
+
+
+def _selected(tensor: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+    part = tensor.detach()
+    for dim, pick in chosen:
+        part = part.index_select(dim, torch.from_numpy(pick).to(part.device))
+    return part
+
+
+def _fitting(name: str, given: torch.Tensor, original: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    if list(given.shape) != shape:
+        raise ValueError(f"the tensor for {name} must have shape {tuple(shape)}, not {tuple(given.shape)}")
+    return given.detach().to(original.device, original.dtype, copy=True)
+
+
+def _scaled(part: torch.Tensor, name: str, chosen: Chosen, factors: Factors) -> torch.Tensor:
+    """``part`` times the factors of its elements along the dimensions that have some."""
+    for dim, values in factors.get(name, ()):
+        rows = dict(chosen).get(dim)
+        row_values = torch.from_numpy(values if rows is None else values[rows]).to(part)
+        part = part * row_values.view([-1 if d == dim else 1 for d in range(part.dim())])
+    return part
 
 
 def mask_model(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
@@ -85,33 +320,44 @@ def _owned(part: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def _scale_factors(structure: Structure, kept: Kept) -> dict[tuple[str, int], NDArray[np.float64]]:
-    """What the rows of parameter dimensions are multiplied with, where an attention's scale would change."""
+def row_factors(structure: Structure, kept: Kept) -> dict[tuple[str, int], NDArray[np.float64]]:
+    """What the elements of parameter dimensions, as long as in the dense model, are multiplied with, where an
+    attention's scale would change."""
     factors: dict[tuple[str, int], NDArray[np.float64]] = {}
     for scale in structure.scales:
         mask = elements(scale.head_dim, kept)
         if mask.all():
             continue
         for tensor, dim in scale.parameters:
-            length = sum(int(np.prod([_size(structure, f) for f in t])) for t in structure.tensors[tensor][dim])
+            length = _dense_size(structure, structure.tensors[tensor][dim])
             held = factors.setdefault((tensor, dim), np.ones(length))
             held[list(scale.rows)] = np.sqrt(mask.mean())
     return factors
+
+
+def _factors(structure: Structure, kept: Kept) -> Factors:
+    by_tensor: dict[str, list[tuple[int, NDArray[np.float64]]]] = {}
+    for (name, dim), values in sorted(row_factors(structure, kept).items()) if structure.scales else ():
+        by_tensor.setdefault(name, []).append((dim, values))
+    return by_tensor
+
+
+def _dense_size(structure: Structure, layout: Layout) -> int:
+    return sum(math.prod([_size(structure, factor) for factor in term]) for term in layout)
 
 
 def _size(structure: Structure, factor: int) -> int:
     return structure.groups[factor].size if factor >= 0 else -factor
 
 
-def _take_out(candidate: nn.Module, structure: Structure, kept: Kept) -> None:
+def _take_out(modules: Mapping[str, nn.Module], structure: Structure, kept: Kept) -> None:
     """Remove layers from their containers, and put substitutes in the place of parts of layers."""
-    modules = dict(candidate.named_modules())
     for group, mask in zip(structure.groups, kept, strict=True):
         gone = [unit for unit in range(group.size) if not mask[unit]] if group.blocks else []
         for unit in gone:
             parent, _, key = group.blocks[unit].rpartition(".")
             if group.substitutes is not None:
-                modules[parent]._modules[key] = copy.deepcopy(group.substitutes[unit]).train(candidate.training)
+                modules[parent]._modules[key] = copy.deepcopy(group.substitutes[unit]).train(modules[""].training)
             else:
                 del modules[parent]._modules[key]
         if gone and group.substitutes is None:
@@ -130,33 +376,41 @@ def _renumber(container: nn.Module) -> None:
                 part.layer_idx = place  # type: ignore[assignment]
 
 
-def _set_integers(candidate: nn.Module, structure: Structure, kept: Kept) -> None:
-    modules = dict(candidate.named_modules())
-    for name, attribute, layout in structure.sites:
-        set_size(modules[name], attribute, int(elements(layout, kept).sum()))
-    for module in modules.values():
-        _follow_weight(module)
+#: Modules that keep sizes beside their weights.
+_SIZED = (
+    *(nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.Embedding, nn.PReLU),
+)
 
 
 def _follow_weight(module: nn.Module) -> None:
     """Set the sizes that standard modules keep beside their weights."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters["weight"] if "weight" in module._parameters else getattr(module, "weight", None)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         reference = weight if weight is not None else module.running_mean
-        module.num_features = len(reference) if reference is not None else module.num_features
+        if reference is not None:
+            _set(module, "num_features", len(reference))
     elif weight is None:
         return
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+        _set(module, "in_channels", weight.shape[0])
+        _set(module, "out_channels", weight.shape[1] * module.groups)
     elif isinstance(module, nn.modules.conv._ConvNd):
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        _set(module, "out_channels", weight.shape[0])
+        _set(module, "in_channels", weight.shape[1] * module.groups)
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
+        _set(module, "out_features", weight.shape[0])
+        _set(module, "in_features", weight.shape[1])
     elif isinstance(module, nn.GroupNorm):
-        module.num_channels = len(weight)
+        _set(module, "num_channels", len(weight))
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        module.normalized_shape = tuple(weight.shape)
+        _set(module, "normalized_shape", tuple(weight.shape))
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]
+        _set(module, "embedding_dim", weight.shape[1])
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+        _set(module, "num_parameters", len(weight))
+
+
+def _set(module: nn.Module, attribute: str, value: int | tuple[int, ...]) -> None:
+    """An assignment that skips what modules check for parameters and buffers: there are hundreds in a candidate."""
+    object.__setattr__(module, attribute, value)
