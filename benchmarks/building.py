@@ -3,7 +3,7 @@
 Run: python -m benchmarks.building [--models resnet50,vit_b_16,bert_base,llama_1b] [--rounds 15] [--out building.json]
 
 Every round draws a fresh plan, with a width of every group between its smallest and its whole size, and measures all
-ways one after the other. The floor is one contiguous copy of exactly the bytes that the candidate keeps, into memory
+ways one after the other, each with cold caches. The floor is one contiguous copy of exactly the bytes that the candidate keeps, into memory
 that is allocated for it: by torch, and by numpy, which asks the kernel for huge pages. Torch-Pruning
 (`pip install torch-pruning`) needs a new graph for every candidate: its seconds are those to build it and to prune,
 without the copy of the dense model. Weights are random: the time does not depend on them.
@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ WAYS = {
 }
 #: Torch-Pruning's rounds: it takes seconds.
 PEER_ROUNDS = 3
+#: Plans that are made and costed a round; the first is built.
+PLANS = 20
+#: More bytes than the caches hold.
+_BUFFER = torch.zeros(1 << 28, dtype=torch.uint8)
 
 
 def resnet50() -> Built:
@@ -105,19 +109,30 @@ def floors(size: int) -> tuple[float, float]:
     """Seconds to copy ``size`` bytes to memory allocated by torch, and by numpy."""
     source = torch.ones(size, dtype=torch.uint8)
     in_numpy = source.numpy()
-    return timed(lambda: torch.empty_like(source).copy_(source))[0], timed(in_numpy.copy)[0]
+    return cold(lambda: torch.empty_like(source).copy_(source))[0], cold(in_numpy.copy)[0]
+
+
+def cold(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result, with nothing of what it reads in the caches: a search evaluates between two candidates."""
+    _BUFFER.add_(1)
+    return timed(function)
+
+
+def mean_s(function: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
+    """Mean seconds of calls one after the other, as a search makes them."""
+    return timed(lambda: [function(argument) for argument in arguments])[0] / len(arguments)
 
 
 def measure_round(space: prunefront.Space, generator: np.random.Generator) -> Row:
     """Seconds of every way for one fresh plan, and what it keeps."""
-    widths = draw_widths(space, generator)
-    plan_s, plan = timed(lambda: space.plan(widths))
-    cost_s, _ = timed(lambda: space.cost(plan))
-    apply_s, candidate = timed(lambda: space.apply(plan))
+    widths = [draw_widths(space, generator) for _ in range(PLANS)]
+    plans = [space.plan(drawn) for drawn in widths]
+    plan_s, cost_s = mean_s(space.plan, widths), mean_s(space.cost, plans)
+    apply_s, candidate = cold(lambda: space.apply(plans[0]))
     size = bytes_of(candidate)
     del candidate
     floor_s, floor_huge_pages_s = floors(size)
-    deepcopy_s, _ = timed(lambda: copy.deepcopy(space.model))
+    deepcopy_s, _ = cold(lambda: copy.deepcopy(space.model))
     found = (plan_s, cost_s, apply_s, floor_s, floor_huge_pages_s, deepcopy_s)
     return {**dict(zip(WAYS, found, strict=True)), "kept_bytes": size}
 

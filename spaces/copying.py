@@ -78,7 +78,7 @@ def _copy_modules(held: dict[str, Any], memo: dict[int, Any], later: _Later) -> 
             continue
         if (known := memo.get(id(module))) is not None:
             held[key] = known
-        elif is_plain(type(module)):
+        elif is_plain(type(module)):  # type: ignore[arg-type]
             held[key] = _copy_plain(module, memo, later)
         else:
             later.append((held, key))

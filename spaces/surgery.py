@@ -78,7 +78,7 @@ class Slicer:
         with torch.no_grad():
             _slice_tensors(recipe, picks, _factors(self._structure, kept), kept, replaced, memo)
         candidate = copy_model(self._model, memo)
-        modules = {name: memo.get(id(module)) for name, module in recipe.modules.items()}
+        modules: dict[str, Any] = {name: memo.get(id(module)) for name, module in recipe.modules.items()}
         if None in modules.values():  # below a module that copies itself
             modules = dict(candidate.named_modules())
         for name, attribute, slot in recipe.sites:
@@ -164,11 +164,10 @@ _CARRIERS = {dtype: dtype for dtype in (torch.float32, torch.float64, torch.floa
 _CARRIERS |= {dtype: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
 _CARRIERS |= {torch.bfloat16: torch.int16}
 _CARRIERS |= dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.uint8)
-_NUMPY = {carrier: torch.empty(0, dtype=carrier).numpy().dtype for carrier in set(_CARRIERS.values())}
 _STANDARD = (nn.Parameter, torch.Tensor)
-#: Bytes: what vector instructions and caches like, what is sliced in one go, and candidates worth starting threads for.
+#: Bytes: what vector instructions and caches like, what is sliced in one go, and what is worth a thread.
 _ALIGNMENT, _CHUNK = 64, 1 << 18
-_PARALLEL = 1 << 26
+_PER_THREAD = 1 << 23
 
 
 def _slice_tensors(
@@ -201,18 +200,28 @@ def _slice_tensors(
             part = _selected(tensor, chosen)
         memo[id(tensor)] = _owned(_scaled(part, sliced.name, chosen, factors), tensor)
     storage = _allocate(end)
-    sources = [tensor if (c := _CARRIERS[tensor.dtype]) is tensor.dtype else tensor.view(c) for _, tensor, *_ in jobs]
     parts = [
-        (source.numpy(), np.ndarray(shape, _NUMPY[source.dtype], storage, start), chosen)
-        for source, (_, _, chosen, shape, start) in zip(sources, jobs, strict=True)
+        ((source := _array(tensor)), np.ndarray(shape, source.dtype, storage, start), chosen)
+        for _, tensor, chosen, shape, start in jobs
     ]
     _gather_all(parts, end)
-    for (name, tensor, chosen, shape, _), (_, part, _) in zip(jobs, parts, strict=True):
-        owned = torch.from_numpy(part)
-        if owned.dtype is not tensor.dtype:
-            # Not view(), which autograd would remember.
-            owned = torch.empty(0, dtype=tensor.dtype).set_(owned.untyped_storage(), 0, shape)
-        memo[id(tensor)] = _owned(_scaled(owned, name, chosen, factors), tensor)
+    for (name, tensor, chosen, _, _), (_, array, _) in zip(jobs, parts, strict=True):
+        memo[id(tensor)] = _owned(_scaled(_tensor(array, tensor.dtype), name, chosen, factors), tensor)
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    """The same memory for numpy, as integers where numpy does not know the type."""
+    carrier = _CARRIERS[tensor.dtype]
+    array: NDArray[Any] = (tensor if carrier is tensor.dtype else tensor.view(carrier)).numpy()
+    return array
+
+
+def _tensor(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if tensor.dtype is dtype:
+        return tensor
+    # Not view(), which autograd would remember.
+    return torch.empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
 
 
 def _allocate(size: int) -> NDArray[np.uint8]:
@@ -223,15 +232,15 @@ def _allocate(size: int) -> NDArray[np.uint8]:
 
 
 def _gather_all(parts: list[tuple[NDArray[Any], NDArray[Any], Chosen]], size: int) -> None:
-    threads = torch.get_num_threads()
-    if size < _PARALLEL or threads == 1:
-        for source, part, chosen in parts:
-            _gather(source, part, chosen)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        largest_first = sorted(parts, key=lambda item: -item[1].nbytes)
-        for done in [pool.submit(_gather, *item) for item in largest_first]:
-            done.result()
+    threads = min(torch.get_num_threads(), size // _PER_THREAD)
+    large = [] if threads < 2 else [item for item in parts if item[1].nbytes > _CHUNK]
+    if large:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(_gather, *item) for item in sorted(large, key=lambda item: -item[1].nbytes)]:
+                done.result()
+    for item in parts:
+        if not large or item[1].nbytes <= _CHUNK:
+            _gather(*item)
 
 
 def _gather(source: NDArray[Any], part: NDArray[Any], chosen: Chosen) -> None:
