@@ -28,8 +28,8 @@ CANDIDATES = 2
 class Problem:
     """One consumer of a group with ``u`` units left, of ``c`` columns each: what it takes to know the next loss.
 
-    ``weight (out, u, c)``: fitted to the units left. ``inverse (u, c, u, c)``: of the moments of what is left. Columns
-    of other groups stay; the inverse has taken them into account. ``energy``: of the dense output.
+    ``weight (out, u, c)``: fitted to the units left. ``inverse (u x c, u x c)``: of the moments of what is left.
+    Columns of other groups stay; the inverse has taken them into account. ``energy``: of the dense output.
     """
 
     weight: torch.Tensor
@@ -38,28 +38,31 @@ class Problem:
 
     def losses(self) -> torch.Tensor:
         """Growth of the output's squared error by the loss of each unit, relative to the energy: ``(u,)``."""
-        blocks = self.inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        shape = self.weight.shape[1:]
+        blocks = self.inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         factors = torch.linalg.cholesky(blocks)
         solved = torch.linalg.solve_triangular(factors, self.weight.permute(1, 2, 0), upper=False)
         return solved.square().sum((1, 2)) / self.energy
 
     def of(self, units: torch.Tensor) -> Problem:
         """The same of ``units`` alone, while all others stay."""
-        units = units.to(self.weight.device)
-        return Problem(self.weight[:, units], self.inverse[units][:, :, units], self.energy)
+        places = self._columns(units)
+        weight = self.weight[:, units.to(self.weight.device)]
+        return Problem(_square(weight), self.inverse[places[:, None], places], self.energy)
 
     def remove(self, gone: torch.Tensor, left: torch.Tensor) -> None:
         """Fit the units ``left`` to make up for ``gone``; both are indices among the units."""
-        width = self.inverse.shape[1]
-        size = len(gone) * width
-        among = self.inverse[gone][:, :, gone].reshape(size, size)
-        across = self.inverse[gone][:, :, left].reshape(size, -1)
-        factor = torch.linalg.cholesky(among)
-        half = torch.linalg.solve_triangular(factor, across, upper=False)
-        weight = torch.linalg.solve_triangular(factor, self.weight[:, gone].reshape(-1, size).T, upper=False)
-        rest = self.inverse[left][:, :, left].reshape(len(left) * width, -1)
-        self.inverse = rest.addmm_(half.T, half, alpha=-1).view(len(left), width, len(left), width)
-        self.weight = self.weight[:, left] - (weight.T @ half).view(-1, len(left), width)
+        removed, rest = self._columns(gone), self._columns(left)
+        factor = torch.linalg.cholesky(self.inverse[removed[:, None], removed])
+        across = torch.linalg.solve_triangular(factor, self.inverse[removed[:, None], rest], upper=False)
+        weight = self.weight.flatten(1)
+        lost = torch.linalg.solve_triangular(factor, weight[:, removed].T, upper=False)
+        self.inverse = self.inverse[rest[:, None], rest].addmm_(across.T, across, alpha=-1)
+        fitted = weight[:, rest].addmm_(lost.T, across, alpha=-1)
+        self.weight = fitted.view(len(weight), len(left), -1)
+
+    def _columns(self, units: torch.Tensor) -> torch.Tensor:
+        return columns(units[:, None], self.weight.shape[2]).flatten().to(self.weight.device)
 
 
 def reconstruction(evidence: Evidence) -> list[Scores]:
@@ -132,8 +135,7 @@ def _remove(problems: list[Problem], gone: torch.Tensor, units: torch.Tensor) ->
     stays = torch.ones(len(units), dtype=torch.bool)
     stays[gone] = False
     for problem in problems if stays.any() else ():
-        device = problem.weight.device
-        problem.remove(gone.to(device), stays.nonzero().flatten().to(device))
+        problem.remove(gone, stays.nonzero().flatten())
     return units[stays]
 
 
@@ -147,10 +149,14 @@ def _problem(evidence: Evidence, name: str, moments: Moments, index: int) -> Pro
     places = columns(places, dense.shape[1] // weight.shape[moments.in_dim]).to(dense.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
     energy = float(((dense @ among) * dense).sum())
-    if dense.shape[0] > dense.shape[1]:
-        dense = torch.linalg.qr(dense, mode="r").R  # losses depend on W^T W alone
     flat = places.flatten()
-    return Problem(dense[:, places], inverse[flat][:, flat].view(*places.shape, *places.shape), max(energy, 1e-30))
+    return Problem(_square(dense[:, places]), inverse[flat[:, None], flat], max(energy, 1e-30))
+
+
+def _square(weight: torch.Tensor) -> torch.Tensor:
+    """A weight of at most ``u x c`` rows with the ``W^T W`` of ``weight (out, u, c)``, on which alone losses depend."""
+    rows, *shape = weight.shape
+    return weight if rows <= np.prod(shape) else torch.linalg.qr(weight.flatten(1), mode="r").R.view(-1, *shape)
 
 
 def _of_block(evidence: Evidence, group: Group, unit: int) -> float:

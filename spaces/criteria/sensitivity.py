@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,10 +51,7 @@ def sensitivity(model: nn.Module, structure: Structure, calibration: Calibration
     gradients = _Pass(model, structure)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    # cudnn has no gradients of recurrent layers in evaluation mode.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    cudnn = torch.backends.cudnn.enabled and not recurrent
-    with evaluating(model), _differentiable(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=cudnn):
+    with evaluating(model), _differentiable(model), torch.enable_grad(), _recurrent_gradients(model):
         for batch in calibration.batches:
             inputs = calibration.inputs(batch)
             with calibration.precision(model):
@@ -184,6 +181,12 @@ class _Gates(Watcher):
         x = call.x.view_as(call.x)
         x.register_hook(partial(self.gradients.add_consumer, call, x.detach()))
         return call.run(x)
+
+
+def _recurrent_gradients(model: nn.Module) -> AbstractContextManager[Any]:
+    """cuDNN has no gradients of recurrent layers in evaluation mode."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
 @contextmanager
