@@ -7,9 +7,9 @@ import numpy as np
 from ..errors import CalibrationError, ConfigError
 from ..surgery import tensors_of
 from .activations import activation
+from .elimination import reconstruction
 from .evidence import Criterion, Evidence, NoCalibration, Scores
 from .gradients import head_gradient, obd, taylor
-from .reconstruction import reconstruction
 from .weights import bn_scale, fpgm, l1, l2, random
 
 __all__ = ["CRITERIA", "Criterion", "Evidence", "Scores", "unit_scores"]
