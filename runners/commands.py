@@ -19,10 +19,11 @@ from torch import nn
 
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
-from ..search.candidates import checked_score, precision
+from ..search.candidates import checked_score
 from ..search.engine import objective_of
 from ..search.saved import METRICS, read_json, save_model
 from ..spaces import Cost, Space, discover
+from ..spaces.calibration import precision
 from ..spaces.errors import ConfigError, SearchError
 from ..spaces.groups import Group
 from .check import check_model
@@ -67,7 +68,6 @@ def tracked_search(
                 task.example_inputs,
                 score=task.score,
                 budget=budget,
-                calibration=task.calibration,
                 test=task.test,
                 mode=config.mode,
                 n_trials=config.n_trials,
@@ -111,13 +111,25 @@ def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
     model = load(folder) if kept is not None and task.trains else task.make_model()
-    space = discover(model, task.example_inputs, **_plain(config.space), seed=config.seed)
+    space = discover_for(task, model, config)
     if kept is None:
         metrics = dense_metrics(task, model, space.dense_cost)
         save_model(folder, model, None, {**metrics, "task": described}, task.example_inputs)
     else:
         metrics = {key: value for key, value in kept.items() if key != "task"}
     return space, metrics
+
+
+def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
+    return discover(
+        model,
+        task.example_inputs,
+        calibration=task.calibration,
+        loss=task.loss,
+        autocast=task.autocast,
+        seed=config.seed,
+        **_plain(config.space),
+    )
 
 
 def dense_metrics(task: Task, model: nn.Module, cost: Cost) -> dict[str, float]:
@@ -153,7 +165,7 @@ def space(config: DictConfig) -> None:
     status = nullcontext() if config.json else errors.status("preparing the dense model")
     with redirect_stdout(sys.stderr), status:  # stdout is for the result alone
         task = make_task(config)
-        found = discover(task.make_model(), task.example_inputs, **_plain(config.space), seed=config.seed)
+        found = discover_for(task, task.make_model(), config)
     if config.json:
         print(json.dumps(described_space(found), indent=1))
     else:

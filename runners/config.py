@@ -24,7 +24,8 @@ class Budget:
 class Space:
     """Arguments of ``prunefront.discover``; the ratios and ``round_to``: one value, or values by kind or pattern."""
 
-    importance: str = "l1"
+    criterion: Any = "l1"
+    compensation: str = "auto"
     kinds: list[str] | None = None
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Custom:
     score: str | None = None
     test: str | None = None
     calibration: Any = None
+    loss: str | None = None
     example_inputs: Any = None
     score_name: str = "score"
     autocast: str | None = None

@@ -70,7 +70,8 @@ def write_report(run_dir: Path) -> Path:
 def _page(name: str, run: Mapping[str, Any], n_trials: int, figures: Mapping[str, go.Figure]) -> str:
     search = run["space"]["search"]
     budget = ", ".join(f"{key} {value}" for key, value in search["budget"].items()) or "none"
-    facts = f"mode {search['mode']}, budget {budget}, {n_trials} trials, importance {search['importance']}"
+    repair = f"criterion {search['criterion']}, compensation {search['compensation']}"
+    facts = f"mode {search['mode']}, budget {budget}, {n_trials} trials, {repair}"
     sections = [f"<h2>{title}</h2>{_plot(figure)}" for title, figure in figures.items()]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>prunefront: {html.escape(name)}</title>

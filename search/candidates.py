@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..spaces import Plan, Space
-from .calibrate import recalibrate
+from ..spaces.calibration import precision
 
 Score = Callable[[nn.Module], float]
 
@@ -35,34 +35,23 @@ class Timer:
 
 
 class Candidates:
-    """Builds, recalibrates and scores the candidates of one space."""
+    """Builds, repairs and scores the candidates of one space."""
 
-    def __init__(
-        self, space: Space, calibration: Iterable[Any] | None, arguments: int, autocast: torch.dtype | None
-    ) -> None:
-        self.space, self.calibration, self.arguments, self.autocast = space, calibration, arguments, autocast
+    def __init__(self, space: Space, autocast: torch.dtype | None) -> None:
+        self.space, self.autocast = space, autocast
         self.timer = Timer()
 
     def prepare(self, plan: Plan) -> nn.Module:
-        """The candidate in evaluation mode, its BatchNorm statistics recalibrated."""
+        """The candidate in evaluation mode, repaired."""
         with self.timer.part("build"):
-            candidate = self.space.apply(plan).eval()
-        with self.timer.part("recalibrate"), precision(candidate, self.autocast):
-            recalibrate(candidate, self.calibration, self.arguments)
-        return candidate
+            candidate = self.space.build(plan).eval()
+        with self.timer.part("recalibrate"):
+            return self.space.repair(candidate, plan)
 
     def score(self, model: nn.Module, function: Score, name: str) -> float:
         """Raises TypeError or ValueError unless ``function`` returns a finite number."""
         with self.timer.part(name), precision(model, self.autocast):
             return checked_score(function(model), name)
-
-
-def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to ``autocast`` on the device of ``model``; nothing where that is None."""
-    if autocast is None:
-        return nullcontext()
-    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
-    return torch.autocast(device, dtype=autocast)
 
 
 def checked_score(value: Any, name: str) -> float:

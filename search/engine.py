@@ -20,11 +20,11 @@ from optuna.trial import TrialState
 from torch import nn
 
 from ..spaces import Plan, Space, discover
+from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
 from .budget import KEYS, Limits, check_reachable, parse_budget
-from .calibrate import check_calibration
 from .candidates import Candidates, Score
 from .projection import project_widths
 from .result import Result, collect
@@ -38,6 +38,8 @@ MAX_FAILURES = 5
 SHARES = (0.1, 1.0)
 #: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
 COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
+#: The name of the dimension that chooses among several criteria.
+CRITERION = "criterion"
 MODES = ("budget", "front")
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
@@ -61,7 +63,9 @@ def search(
     sampler: str = "auto",
     seed: int = 0,
     run_dir: str | Path | None = None,
-    importance: str = "l1",
+    criterion: str | Sequence[str] = "l1",
+    compensation: str = "auto",
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
     kinds: Sequence[str] | None = WIDTH_KINDS,
     round_to: int | Mapping[str, int] = 1,
     space: Space | None = None,
@@ -74,12 +78,12 @@ def search(
     that ``budget`` names (macs by default), up to the budget or, without one, up to the dense model.
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
-    training nor test data; ``test`` is called for the front only. ``calibration`` is read once a candidate:
-    batches of training data, to recalibrate BatchNorm. ``space``, from an earlier :func:`discover` of this model, saves
-    doing that again and brings its own importance, kinds and round_to, and whatever else :func:`discover` can be told.
-    ``kinds`` are by default all but blocks: taking out whole blocks pays after a search of widths, or with training.
-    ``autocast`` runs recalibration and
-    scores in this type.
+    training nor test data; ``test`` is called for the front only. ``calibration``: batches of training data, readable
+    again and again, with which candidates are repaired; models with BatchNorm need it. ``criterion``: which units stay;
+    of several, the search chooses. ``compensation``, ``loss``, ``round_to``: see :func:`discover`. ``kinds`` are by
+    default all but blocks: taking out whole blocks pays after a search of widths, or with training. ``space``, from an
+    earlier :func:`discover` of this model, saves doing that again and brings all of these, calibration included.
+    ``autocast`` runs calibration and scores in this type.
     An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
     Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
 
@@ -94,12 +98,27 @@ def search(
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if space is None:
-        space = discover(model, example_inputs, importance=importance, kinds=kinds, round_to=round_to, seed=seed)
-    elif space.model is not model or (importance, kinds, round_to) != ("l1", WIDTH_KINDS, 1):
-        raise ConfigError("space= brings its own model, importance, kinds and round_to; give them to discover() only")
+        space = discover(
+            model,
+            example_inputs,
+            criterion=criterion,
+            calibration=calibration,
+            compensation=compensation,
+            loss=loss,
+            autocast=autocast,
+            kinds=kinds,
+            round_to=round_to,
+            seed=seed,
+        )
+    elif space.model is not model or _is_given(criterion, calibration, compensation, loss, kinds, round_to):
+        raise ConfigError(
+            "space= brings its own model, criterion, calibration, compensation, loss, kinds and round_to; "
+            "give them to discover() only"
+        )
     limits = parse_budget(budget or {}, space.dense_cost, may_be_empty=mode == "front")
     check_reachable(space, limits)
-    check_calibration(model, calibration)
+    if not space.repairs_nothing_by_choice:
+        check_calibration(model, space.calibration)
     inputs = Inputs.of(example_inputs)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     objective = objective_of(budget)
@@ -107,7 +126,8 @@ def search(
         "mode": mode,
         "objective": objective,
         "budget": {key: str(value) for key, value in (budget or {}).items()},
-        "importance": space.importance,
+        "criterion": ", ".join(space.criteria),
+        "compensation": space.compensation,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "seed": seed,
         "weights": weights_digest(model),
@@ -118,7 +138,7 @@ def search(
         # Seeded anew: a continued search must not draw the same numbers again.
         fresh_seed = seed + len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(sampler, mode, n_trials, len(space.dimensions), fresh_seed)
-        candidates = Candidates(space, calibration, len(inputs.args), autocast)
+        candidates = Candidates(space, autocast)
         run = _Run(candidates, limits, study, score, objective)
         run.trials(n_trials, timeout_s, callbacks)
         return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason)
@@ -187,9 +207,11 @@ class _Run:
         with self.timer.part("ask"):
             shares = np.array([trial.suggest_float(name, *SHARES, log=True) for name in self.names])
             limits = self.front_limits(trial) if self.for_front else self.limits
+            criterion = self.criterion(trial)
         with self.timer.part("project"):
-            plan, cost = self.project(shares, limits)
-            trial.set_user_attr("plan", {"fingerprint": plan.fingerprint, "widths": plan.widths})
+            plan, cost = self.project(shares, limits, criterion)
+            described = {"fingerprint": plan.fingerprint, "widths": plan.widths, "criterion": criterion}
+            trial.set_user_attr("plan", described)
             trial.set_user_attr("costs", cost)
         if plan.fingerprint not in self.known:
             candidate = self.candidates.prepare(plan)
@@ -197,9 +219,14 @@ class _Run:
         value = self.known[plan.fingerprint]
         return [value, cost[self.objective]] if self.for_front else [value]
 
-    def project(self, shares: NDArray[np.float64], limits: Limits) -> tuple[Plan, dict[str, float]]:
-        widths = project_widths(self.space, limits, shares)
-        plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)})
+    def criterion(self, trial: optuna.Trial) -> str:
+        """Which units stay: a dimension of the search where there is a choice."""
+        criteria = self.space.criteria
+        return criteria[0] if len(criteria) == 1 else str(trial.suggest_categorical(CRITERION, criteria))
+
+    def project(self, shares: NDArray[np.float64], limits: Limits, criterion: str) -> tuple[Plan, dict[str, float]]:
+        widths = project_widths(self.space, limits, shares, criterion)
+        plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)}, criterion)
         return plan, asdict(self.space.cost(plan))
 
     def front_limits(self, trial: optuna.Trial) -> Limits:
@@ -212,6 +239,14 @@ class _Run:
         share = trial.suggest_float(COST_SHARE, lowest, highest, log=True)
         # The exact bound where the share is at its end: a product may fall a rounding error short of it.
         return self.limits.replace(column, max(share * dense, smallest * dense))
+
+
+def _is_given(
+    criterion: Any, calibration: Any, compensation: str, loss: Any, kinds: Any, round_to: int | Mapping[str, int]
+) -> bool:
+    """Whether any argument that is for :func:`discover` differs from its default."""
+    data = calibration is not None or loss is not None
+    return data or (criterion, compensation, kinds, round_to) != ("l1", "auto", WIDTH_KINDS, 1)
 
 
 def objective_of(budget: Mapping[str, Any] | None) -> str:

@@ -38,29 +38,36 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
     return space.plan({name: int(width) for name, width in zip(names, widths, strict=True)})
 
 
-def project_widths(space: Space, limits: Limits, shares: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Widths (groups,) of the largest feasible scale of ``shares`` (groups,), topped up group by group."""
+def project_widths(
+    space: Space, limits: Limits, shares: NDArray[np.float64], criterion: str | None = None
+) -> NDArray[np.int64]:
+    """Widths (groups,) of the largest feasible scale of ``shares`` (groups,), topped up group by group.
+
+    ``criterion`` decides which blocks stay.
+    """
     low, high = 0.0, 1 / shares.min()
     widths = space.smallest_widths()
     for _ in range(2):
         scales = np.linspace(low, high, _STEPS)
         proposals = space.round_widths(np.minimum(scales[:, None] * shares, 1) * space.sizes)
-        feasible = np.flatnonzero(limits.excess(space.cost_batch(proposals)) <= 0)
+        feasible = np.flatnonzero(limits.excess(space.cost_batch(proposals, criterion)) <= 0)
         if not len(feasible):
             break
         best = feasible[-1]
         widths, low, high = proposals[best], scales[best], scales[min(best + 1, _STEPS - 1)]
-    return _top_up(space, limits, widths, shares * space.sizes)
+    return _top_up(space, limits, widths, shares * space.sizes, criterion)
 
 
-def _top_up(space: Space, limits: Limits, widths: NDArray[np.int64], wanted: NDArray[np.float64]) -> NDArray[np.int64]:
+def _top_up(
+    space: Space, limits: Limits, widths: NDArray[np.int64], wanted: NDArray[np.float64], criterion: str | None
+) -> NDArray[np.int64]:
     """Rounding leaves slack: grow one group at a time by one step, the most behind first, while the budget holds."""
     widths = widths.copy()
     while True:
         larger = np.tile(widths, (len(widths), 1))
         np.fill_diagonal(larger, space.next_widths(widths))
         grown = larger.diagonal() > widths
-        fits = grown & (limits.excess(space.cost_batch(larger)) <= 0)
+        fits = grown & (limits.excess(space.cost_batch(larger, criterion)) <= 0)
         if not fits.any():
             return widths
         candidates = np.flatnonzero(fits)

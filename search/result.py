@@ -91,6 +91,12 @@ def collect(
     return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds)
 
 
+def planned(space: Space, trial: optuna.trial.FrozenTrial) -> Plan:
+    """The plan that a trial scored."""
+    described = trial.user_attrs["plan"]
+    return space.plan(described["widths"], described["criterion"])
+
+
 def _entry(
     run_dir: Path,
     trial: optuna.trial.FrozenTrial,
@@ -98,7 +104,7 @@ def _entry(
     inputs: Inputs,
     test: Score | None,
 ) -> Entry:
-    plan = candidates.space.plan(trial.user_attrs["plan"]["widths"])
+    plan = planned(candidates.space, trial)
     path = run_dir / "front" / f"trial{trial.number:04d}"
     metrics: dict[str, float] = {"score": trial.values[0], **trial.user_attrs["costs"]}
     saved = _saved_metrics(path, plan)

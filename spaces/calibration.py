@@ -1,4 +1,7 @@
-"""Calibration data, and what one pass of it over the dense model tells about every consumer's inputs."""
+"""Calibration data, what one pass of it over the dense model tells about consumers' inputs, and BatchNorm's statistics.
+
+The statistics of the dense model are wrong for a candidate (Li et al. 2020, EagleEye).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .consumers import Call, Watcher, sampled
+from .consumers import Call, Watcher, batch_norm_arguments, sampled
 from .errors import CalibrationError
 from .groups import Structure
 from .inputs import Inputs
@@ -21,6 +23,8 @@ from .trace import evaluating
 
 logger = logging.getLogger(__name__)
 
+#: Fewer samples than this give BatchNorm statistics that are mostly noise.
+MIN_SAMPLES = 128
 #: A consumer with more columns than this is described by its channels alone.
 MAX_COLUMNS = 1152
 #: All second moments together take at most this.
@@ -35,7 +39,7 @@ class Calibration:
 
     A batch is a tensor, a mapping of keyword arguments, or a tuple or list whose first ``arguments`` items are the
     model's arguments. ``loss(output, batch)`` returns the scalar that gradients are taken of; without one, see
-    :func:`.criteria.gradients.sensitivity`. ``autocast``: run in this type.
+    :func:`.criteria.sensitivity.sensitivity`. ``autocast``: run in this type.
     """
 
     batches: Iterable[Any]
@@ -72,6 +76,11 @@ def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContext
     return torch.autocast(device, dtype=autocast)
 
 
+def exactly(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """No autocast, which would round sums of squares too."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 @dataclass
 class Moments:
     """Of what a consumer multiplies: ``gram (columns + 1, columns + 1)``, float64, the last column is of ones.
@@ -98,7 +107,8 @@ class Moments:
             self.diagonal += rows.square().sum(0, dtype=torch.float64)
         else:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            self.gram += (rows.T @ rows).double()
+            with exactly(rows):
+                self.gram += (rows.T @ rows).double()
             self.diagonal = self.gram.diagonal()[:-1]
 
 
@@ -156,9 +166,9 @@ class _Collector(Watcher):
 
     def other(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         parameter, output = self.last
-        if func is F.batch_norm and args[0] is output and self.statistics.moments[parameter].shift is None:
-            if (mean := self.state_names.get(id(args[1]))) is not None:
-                self.statistics.moments[parameter].shift = (mean, -1)
+        norm = batch_norm_arguments(func, args, kwargs)
+        if norm is not None and norm["input"] is output and self.statistics.moments[parameter].shift is None:
+            self.statistics.moments[parameter].shift = (self.state_names[id(norm["running_mean"])], -1)
         return func(*args, **kwargs)
 
     def _new(self, call: Call) -> Moments:
@@ -190,3 +200,45 @@ def _first_tensor(batch: Any) -> torch.Tensor:
     if not isinstance(first, torch.Tensor):
         raise CalibrationError(f"a calibration batch must be a tensor or start with one, not {type(batch).__name__}")
     return first
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers that keep running statistics."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
+
+
+def check_calibration(model: nn.Module, calibration: Calibration | None) -> None:
+    """Raises CalibrationError if there is none for BatchNorm layers, or fewer than ``MIN_SAMPLES`` samples."""
+    if calibration is not None and next(iter(calibration.batches), None) is None:
+        raise CalibrationError("calibration has no batches; pass at least one")
+    layers = len(batch_norms(model))
+    if not layers:
+        return
+    if calibration is None:
+        raise CalibrationError(f"the model has {layers} BatchNorm layers: pass calibration=, batches of training data")
+    samples = calibration.samples()
+    if samples < MIN_SAMPLES:
+        raise CalibrationError(
+            f"calibration gives {samples} samples, and BatchNorm statistics need at least {MIN_SAMPLES}; "
+            "pass more training data"
+        )
+
+
+def recalibrate(model: nn.Module, calibration: Calibration) -> None:
+    """Replace the running statistics of every BatchNorm layer by their average over ``calibration``."""
+    layers = batch_norms(model)
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    try:
+        with evaluating(model), torch.no_grad(), calibration.precision(model):
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative average
+                layer.train()
+            for inputs in calibration:
+                inputs.call(model)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

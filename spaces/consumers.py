@@ -43,7 +43,8 @@ class Call:
     in_dim: int
     out_dim: int
     window: Window | None
-    run: Callable[[], torch.Tensor]
+    #: The call itself; of another input if one is given.
+    run: Callable[..., torch.Tensor]
 
     def space(self) -> tuple[int, ...]:
         """Sizes of what the outputs are counted by: batch and positions."""
@@ -124,7 +125,27 @@ def find_call(func: Any, args: Any, kwargs: Mapping[str, Any], names: Mapping[in
         return None
     if not isinstance(weight, torch.Tensor) or id(weight) not in names or (window is None and weight.dim() != 2):
         return None
-    return Call(names[id(weight)], x, weight, bias, *dims, window, lambda: func(*args, **kwargs))
+    place = 1 if func is torch.addmm else 0
+
+    def run(other: torch.Tensor | None = None) -> torch.Tensor:
+        if other is None:
+            return func(*args, **kwargs)
+        if place < len(args):
+            return func(*args[:place], other, *args[place + 1 :], **kwargs)
+        return func(*args, **{**kwargs, "input": other})
+
+    return Call(names[id(weight)], x, weight, bias, *dims, window, run)
+
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def batch_norm_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a BatchNorm with running statistics by their names; None for any other function."""
+    if func is not F.batch_norm:
+        return None
+    bound = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(_BATCH_NORM, args, strict=False)), **kwargs}
+    return bound if bound["running_mean"] is not None else None
 
 
 def _window(bound: Mapping[str, Any], dims: int, kernel: tuple[int, ...]) -> Window:
@@ -171,7 +192,7 @@ class Watcher(TorchFunctionMode):
 
 
 def sampled(total: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """``count`` of ``total`` positions, ascending: one drawn from each of as many equal parts; all if there are fewer."""
+    """``count`` of ``total`` positions, ascending: one from each of as many equal parts; all if there are fewer."""
     if count >= total:
         return torch.arange(total)
     drawn = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)

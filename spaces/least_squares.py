@@ -1,13 +1,13 @@
 """Repair the consumers of what a plan removes, from moments of the dense model: no data is read for a candidate.
 
-Least squares: the weights that give back most of a consumer's dense output from the kept inputs (He et al. 2017, Channel
-Pruning for Accelerating Very Deep Neural Networks, whose reconstruction is solved here in closed form). With moments
+Least squares: the weights that give back most of a consumer's dense output from the kept inputs (He et al. 2017,
+Channel Pruning for Accelerating Very Deep Neural Networks; its reconstruction, in closed form). With moments
 ``C = cov(x)``, kept columns ``S`` and removed ones ``R`` the fit, with a ridge towards the kept weights, is
 
     W' = W_S + W_R C_RS (C_SS + ridge)^-1 = M_S L_SS^-1,    L L^T = C + ridge,    M = W L,
 
-and since a prefix of the order of importance is a leading block of the Cholesky factor ``L`` and of its inverse, one factor
-serves every width: a candidate is one matrix product a consumer.
+and since a prefix of the order of importance is a leading block of the Cholesky factor ``L`` and of its inverse, one
+factor serves every width: a candidate is one matrix product a consumer.
 """
 
 from __future__ import annotations
@@ -28,108 +28,89 @@ from .surgery import kept_elements, tensors_of
 #: Relative to the mean of the diagonal of the covariance.
 RIDGE = 1e-3
 
-Units = NDArray[np.integer]
+#: For every group the place of each unit in an order of importance.
+Ranks = Sequence[NDArray[np.integer]]
 
 
 @dataclass
 class Factor:
-    """``order``: columns in the order of importance; ``inverse`` of the factor, and the product of weights and factor."""
+    """``inverse`` of the Cholesky factor, and ``product (out, kernel, columns)`` of weights and factor, columns in the
+    order of importance; ``place`` tells where each one stands."""
 
-    order: torch.Tensor
     place: torch.Tensor
     inverse: torch.Tensor
     product: torch.Tensor
 
 
-class Compensation:
-    """Fits the consumers of one model. ``method``: ``bias`` or ``least_squares``.
+class ConsumerFits:
+    """Fits the consumers of one model to plans that are prefixes of one order, or any other.
 
-    ``ranks``: for every group the place of each unit in the order of importance.
+    Without ``weights`` only means are repaired, where a bias or a BatchNorm takes them up.
     """
 
-    def __init__(
-        self, model: nn.Module, structure: Structure, statistics: Statistics, method: str, ranks: Sequence[Units]
-    ) -> None:
-        self.structure, self.statistics, self.method, self.ranks = structure, statistics, method, ranks
+    def __init__(self, model: nn.Module, structure: Structure, statistics: Statistics, weights: bool = True) -> None:
+        self.structure, self.statistics, self.weights = structure, statistics, weights
         self._tensors = tensors_of(model)
-        self._factors: dict[tuple[str, int], Factor] = {}
+        #: By parameter, group and order; with the order, so that its id is not used again.
+        self._factors: dict[tuple[str, int, int], tuple[Factor, Ranks]] = {}
 
-    def __call__(self, kept: Kept) -> dict[str, torch.Tensor]:
-        """Values that take the place of slices of parameters and buffers, by name."""
+    def __call__(self, kept: Kept, ranks: Ranks | None = None) -> dict[str, torch.Tensor]:
+        """Values that take the place of slices of parameters and buffers, by name.
+
+        ``ranks``: the order of importance that ``kept`` is a prefix of; the same object for all plans of one order.
+        """
         replaced: dict[str, torch.Tensor] = {}
         for name, moments in self.statistics.moments.items():
             gone = any(not kept[group][unit] for group, unit in self.structure.owners[name])
-            groups = self._pruned_groups(name, moments, kept)
+            layout = self.structure.tensors[name][moments.in_dim]
+            groups = sorted({factor for term in layout for factor in term if factor >= 0 and not kept[factor].all()})
             if groups and not gone:
-                self._repair(name, moments, kept, groups, replaced)
+                replaced |= self._repaired(name, moments, kept, groups, ranks)
         return replaced
 
-    def _pruned_groups(self, name: str, moments: Moments, kept: Kept) -> list[int]:
-        layout = self.structure.tensors[name][moments.in_dim]
-        return sorted({factor for term in layout for factor in term if factor >= 0 and not kept[factor].all()})
-
-    def _repair(
-        self,
-        name: str,
-        moments: Moments,
-        kept: Kept,
-        groups: list[int],
-        replaced: dict[str, torch.Tensor],
-    ) -> None:
+    def _repaired(
+        self, name: str, moments: Moments, kept: Kept, groups: list[int], ranks: Ranks | None
+    ) -> dict[str, torch.Tensor]:
         weight = self._tensors[name].detach()
-        device = weight.device
-        inputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.in_dim)).to(device)
-        outputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.out_dim)).to(device)
+        inputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.in_dim)).to(weight.device)
+        outputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.out_dim)).to(weight.device)
         columns = _columns(inputs, weight.shape[moments.in_dim], len(moments.sums))
-        dense = _as_matrix(weight.index_select(moments.out_dim, outputs), moments)
-        if self.method == "least_squares" and moments.gram is not None:
-            fitted = self._fit(name, moments, kept, groups, dense, outputs, columns)
-            replaced[name] = _as_tensor(fitted, weight, moments, len(outputs)).to(weight.dtype)
-        else:
+        repaired = {}
+        if not (self.weights and moments.gram is not None):
+            dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
             fitted = dense[:, columns]
+        elif len(groups) == 1 and ranks is not None:
+            factor = self._factor(name, moments, groups[0], ranks)
+            dense, fitted = None, factor_fit(factor, columns, outputs)
+        else:
+            dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
+            fitted = plain_fit(dense, columns, covariance(moments))
+        if self.weights and moments.gram is not None:
+            repaired[name] = _as_tensor(fitted, weight, moments, len(outputs)).to(weight.dtype)
         if moments.shift is not None:
+            if dense is None:
+                dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
             means = (moments.sums / moments.samples).float()
             change = (dense.float() @ means - fitted.float() @ means[columns]).view(len(outputs), -1).sum(1)
             target, sign = moments.shift
             held = self._tensors[target].detach()[outputs]
-            replaced[target] = (held.float() + sign * change).to(held.dtype)
+            repaired[target] = (held.float() + sign * change).to(held.dtype)
+        return repaired
 
-    def _fit(
-        self,
-        name: str,
-        moments: Moments,
-        kept: Kept,
-        groups: list[int],
-        dense: torch.Tensor,
-        outputs: torch.Tensor,
-        columns: torch.Tensor,
-    ) -> torch.Tensor:
-        if len(groups) == 1 and _is_prefix(kept[groups[0]], self.ranks[groups[0]]):
-            factor = self._factor(name, moments, groups[0])
-            product = factor.product.view(-1, len(dense) // len(outputs), factor.product.shape[1])
-            width = len(columns)
-            rows = product[outputs][:, :, :width].reshape(-1, width)
-            return (rows @ factor.inverse[:width, :width])[:, factor.place[columns]]
-        gram = _covariance(moments)
-        removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        removed[columns] = False
-        among = torch.linalg.cholesky(gram[columns][:, columns])
-        change = torch.cholesky_solve(gram[columns][:, removed] @ dense[:, removed].double().T, among).T
-        return dense[:, columns] + change.float()
-
-    def _factor(self, name: str, moments: Moments, group: int) -> Factor:
-        key = (name, group)
+    def _factor(self, name: str, moments: Moments, group: int, ranks: Ranks) -> Factor:
+        key = (name, group, id(ranks))
         if key not in self._factors:
-            weight = self._tensors[name].detach()
-            order = self._order(name, moments, group, self.ranks[group])
-            factor = torch.linalg.cholesky(_covariance(moments)[order][:, order])
+            order = self._order(name, moments, group, ranks[group])
+            factor = torch.linalg.cholesky(covariance(moments)[order][:, order])
             identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-            product = _as_matrix(weight, moments)[:, order].double() @ factor
-            self._factors[key] = Factor(order, torch.argsort(order), inverse.float(), product.float())
-        return self._factors[key]
+            weight = self._tensors[name].detach()
+            product = as_matrix(weight, moments)[:, order].double() @ factor
+            product = product.view(weight.shape[moments.out_dim], -1, len(order))
+            self._factors[key] = Factor(torch.argsort(order), inverse.float(), product.float()), ranks
+        return self._factors[key][0]
 
-    def _order(self, name: str, moments: Moments, group: int, rank: Units) -> torch.Tensor:
+    def _order(self, name: str, moments: Moments, group: int, rank: NDArray[np.integer]) -> torch.Tensor:
         """Columns by the rank of their unit of ``group``; what is not of the group comes first: it always stays."""
         ranks = []
         for term in self.structure.tensors[name][moments.in_dim]:
@@ -144,8 +125,20 @@ class Compensation:
         return order.to(moments.sums.device)
 
 
-def _is_prefix(mask: NDArray[np.bool_], rank: Units) -> bool:
-    return bool((rank[mask] < mask.sum()).all())
+def factor_fit(factor: Factor, columns: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The fit of a prefix: ``(outputs x kernel, columns)``."""
+    width = len(columns)
+    rows = factor.product[:, :, :width][outputs].reshape(-1, width)
+    return (rows @ factor.inverse[:width, :width])[:, factor.place[columns]]
+
+
+def plain_fit(dense: torch.Tensor, columns: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """The fit of any columns of ``dense (rows, all columns)``: ``(rows, columns)``."""
+    removed = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
+    removed[columns] = False
+    factor = torch.linalg.cholesky(covariance[columns][:, columns])
+    moment = covariance[columns][:, removed] @ dense[:, removed].double().T
+    return dense[:, columns].float() + torch.cholesky_solve(moment, factor).T.float()
 
 
 def _columns(inputs: torch.Tensor, dense_inputs: int, columns: int) -> torch.Tensor:
@@ -155,7 +148,7 @@ def _columns(inputs: torch.Tensor, dense_inputs: int, columns: int) -> torch.Ten
     return (inputs[:, None] * kernel + torch.arange(kernel, device=inputs.device)).reshape(-1)
 
 
-def _as_matrix(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+def as_matrix(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     """``(out, columns)``, or by channel ``(out x kernel, in)``."""
     values = matrix(weight, moments.in_dim, moments.out_dim)
     if not moments.by_channel:
@@ -170,12 +163,15 @@ def _as_tensor(values: torch.Tensor, weight: torch.Tensor, moments: Moments, out
     return tensor_like(values, weight, moments.in_dim, moments.out_dim).contiguous()
 
 
-def _covariance(moments: Moments) -> torch.Tensor:
-    """With the ridge. Centred where a constant is taken up elsewhere."""
+def covariance(moments: Moments) -> torch.Tensor:
+    """With the ridge, ``(columns, columns)``. Centred where a constant is taken up elsewhere."""
     assert moments.gram is not None
     gram = moments.gram[:-1, :-1] / moments.samples
     if moments.shift is not None:
         means = moments.gram[:-1, -1] / moments.samples
+        # Batches are summed in single precision: of constant inputs nothing but rounding errors is left.
+        rounding = torch.finfo(torch.float32).eps * gram.diagonal().sum()
         gram = gram - torch.outer(means, means)
+        gram.diagonal().add_(rounding)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
     return gram

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Task:
     make_model: Callable[[], nn.Module]
     #: One forward pass: a tensor, a tuple of arguments, or a mapping of keyword arguments; costs refer to it.
     example_inputs: Any
-    #: Batches of training data, readable again and again, for BatchNorm.
+    #: Batches of training data, readable again and again: they repair candidates.
     calibration: Iterable[Any] | None
     #: Higher is better; on data that is neither training nor test data.
     score: Callable[[nn.Module], float]
@@ -26,7 +27,9 @@ class Task:
     test: Callable[[nn.Module], float] | None = None
     #: What the two numbers are, for tables and reports.
     score_name: str = "score"
-    #: Precision of recalibration and scores; None is that of the model.
+    #: ``loss(output, batch)`` of a calibration batch, for criteria that take gradients; None: see ``Calibration``.
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    #: Precision of calibration and scores; None is that of the model.
     autocast: torch.dtype | None = None
     #: ``make_model`` trains: a continued run takes its dense model from the run instead.
     trains: bool = False
@@ -37,3 +40,8 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
     with torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         return sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in batches) / len(labels)
+
+
+def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Loss of logits ``(n, classes)`` on a batch of images and labels ``(n,)``."""
+    return F.cross_entropy(output.float(), batch[1])

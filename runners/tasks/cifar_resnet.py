@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...spaces.errors import ConfigError
-from .base import Task, accuracy
+from .base import Task, accuracy, cross_entropy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = (20, 56)
@@ -79,10 +79,12 @@ def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: i
         images = len(arrays["train_label"])
         drawn = np.random.default_rng(seed).permutation(images)[:calibration_images]
         calibration = _decode(arrays["train_jpeg"], arrays["train_offset"], drawn)
+        calibration_labels = torch.from_numpy(arrays["train_label"].astype(np.int64)[drawn])
     return Task(
         make_model=partial(_load_model, depth, weights),
         example_inputs=(test[:1],),
-        calibration=list(calibration.split(256)),
+        calibration=list(zip(calibration.split(256), calibration_labels.split(256), strict=True)),
+        loss=cross_entropy,
         score=partial(accuracy, images=test[::2].clone(), labels=test_labels[::2]),
         test=partial(accuracy, images=test[1::2].clone(), labels=test_labels[1::2]),
         score_name="accuracy",

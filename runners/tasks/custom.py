@@ -18,11 +18,13 @@ def custom(
     score: str | None = None,
     test: str | None = None,
     calibration: Iterable[Any] | None = None,
+    loss: str | None = None,
     example_inputs: Any = None,
     score_name: str = "score",
     autocast: str | None = None,
 ) -> Task:
-    """``score`` and ``test`` name functions of a model (``my_module.accuracy``); the rest are instances.
+    """``score`` and ``test`` name functions of a model (``my_module.accuracy``), ``loss`` one of an output and a
+    calibration batch; the rest are instances.
 
     ``example_inputs`` is a tensor, a sequence of them, or a mapping of keyword arguments; without it, the first sample
     of ``calibration``.
@@ -41,6 +43,7 @@ def custom(
         make_model=lambda: model,
         example_inputs=_inputs(example_inputs, calibration),
         calibration=calibration,
+        loss=None if loss is None else _function(loss, "loss"),
         score=_function(score, "score"),
         test=None if test is None else _function(test, "test"),
         score_name=score_name,
@@ -61,9 +64,9 @@ def _inputs(example_inputs: Any, calibration: Iterable[Any] | None) -> Any:
     return (first[:1],)
 
 
-def _function(path: str, key: str) -> Callable[[nn.Module], float]:
+def _function(path: str, key: str) -> Callable[..., Any]:
     try:
-        function: Callable[[nn.Module], float] = get_method(path)
+        function: Callable[..., Any] = get_method(path)
     except Exception as error:  # Hydra wraps whatever the import of the user's module raises
         raise ConfigError(f"task.{key}={path} cannot be imported: {error}") from error
     return function

@@ -85,7 +85,7 @@ def test_cifar_images_are_decoded_normalised_and_split_by_parity(cifar_folder):
     assert search["labels"].tolist() == [0, 2, 4, 6, 8, 0] and test["labels"].tolist() == [1, 3, 5, 7, 9, 1]
     third = test["images"][2] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     assert torch.allclose(third.mean(dim=(1, 2)) * 255, torch.tensor([5.0, 10.0, 100.0]), atol=2)
-    assert sum(len(batch) for batch in task.calibration) == 140
+    assert sum(len(images) for images, _ in task.calibration) == 140
 
 
 def test_digits_splits_share_no_image():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunefront.search.calibrate import check_calibration, recalibrate
+from prunefront.spaces.calibration import Calibration, check_calibration, recalibrate
 from prunefront.spaces.errors import CalibrationError
 
 
@@ -12,7 +12,7 @@ def test_statistics_are_the_average_over_the_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
     batches = [torch.randn(64, 3, 8, 8) for _ in range(2)]
-    recalibrate(model, [(batch, torch.zeros(64)) for batch in batches])
+    recalibrate(model, Calibration([(batch, torch.zeros(64)) for batch in batches]))
     with torch.no_grad():
         outputs = [model[0](batch) for batch in batches]
     mean = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
@@ -25,13 +25,14 @@ def test_statistics_are_the_average_over_the_batches():
 @pytest.mark.parametrize("calibration", [None, [], [torch.randn(8, 3)], [{"x": 1}]])
 def test_missing_or_small_data_is_an_error(calibration):
     with pytest.raises(CalibrationError):
-        check_calibration(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), calibration)
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        check_calibration(model, None if calibration is None else Calibration(calibration))
 
 
 def test_a_generator_is_refused_since_it_would_be_empty_for_the_second_candidate():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     with pytest.raises(CalibrationError, match="generator"):
-        check_calibration(model, (torch.randn(64, 3) for _ in range(4)))
+        check_calibration(model, Calibration(torch.randn(64, 3) for _ in range(4)))
 
 
 def test_models_without_batch_norm_need_none():

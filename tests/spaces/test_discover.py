@@ -141,16 +141,16 @@ def test_memory_equals_the_activations_alive_in_a_chain():
     assert space.dense_cost.memory_bytes == 4 * 64 * (3 + 8 + 16)
 
 
-@pytest.mark.parametrize("importance", ["l1", "l2", "bn_scale", "random"])
-def test_importance_orders_units(importance):
+@pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "random"])
+def test_criterion_orders_units(criterion):
     model = Padded()
-    space = prunefront.discover(model, torch.randn(1, 3, 8, 8), importance=importance)
+    space = prunefront.discover(model, torch.randn(1, 3, 8, 8), criterion=criterion)
     with torch.no_grad():
         for tensor in (model.conv1.weight, model.bn1.weight):
             tensor[3] = 100.0
-    kept = dict(prunefront.discover(model, torch.randn(1, 3, 8, 8), importance=importance).plan({"conv1": 1}).kept)
+    kept = dict(prunefront.discover(model, torch.randn(1, 3, 8, 8), criterion=criterion).plan({"conv1": 1}).kept)
     assert len(kept["conv1"]) == 1
-    assert importance == "random" or kept["conv1"] == (3,)
+    assert criterion == "random" or kept["conv1"] == (3,)
     assert len(space.groups) == 2
 
 
@@ -184,8 +184,8 @@ def test_bad_input_is_refused_with_what_to_do():
         prunefront.discover(Padded(), torch.randn(1, 4, 8, 8))
     with pytest.raises(EmptySpaceError, match="output of the model"):
         prunefront.discover(nn.Linear(3, 4), torch.randn(2, 3))
-    with pytest.raises(ConfigError, match="unknown importance"):
-        prunefront.discover(Padded(), torch.randn(1, 3, 8, 8), importance="l3")
+    with pytest.raises(ConfigError, match="unknown criterion"):
+        prunefront.discover(Padded(), torch.randn(1, 3, 8, 8), criterion="l3")
     with pytest.raises(ConfigError, match="round_to"):
         prunefront.discover(Padded(), torch.randn(1, 3, 8, 8), round_to=0)
 

@@ -1,0 +1,357 @@
+"""Least squares layer after layer, on the activations of the candidate itself, in one forward pass of it.
+
+Every consumer is fitted when the pass reaches it, to give the dense model's output from the candidate's inputs, in
+which what came before is pruned and fitted already (He et al. 2017; ThiNet, Luo et al. 2017). Where its output is added
+to another tensor, such as a residual stream, it is fitted to the dense *sum*, so that errors of the stream are taken
+back at every block instead of adding up. BatchNorm layers take their statistics from the same pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .calibration import Calibration, exactly
+from .consumers import Call, Watcher, batch_norm_arguments, matrix, sampled, tensor_like
+from .groups import Kept, Structure
+from .inputs import Inputs
+from .least_squares import RIDGE
+from .surgery import kept_elements, row_factors
+from .trace import evaluating
+
+logger = logging.getLogger(__name__)
+
+#: Samples of the pass, and vectors a consumer is fitted on.
+SAMPLES, ROWS = 512, 8192
+#: All targets together take at most this.
+MAX_BYTES = 2 * 2**30
+#: A consumer whose outputs differ by less than this share of their energy from the dense ones is left as it is.
+NEGLIGIBLE = 1e-5
+_SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+_PRODUCTS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
+_PASSING = ("dropout", "dropout_", "contiguous", "dropout1d", "dropout2d", "dropout3d")
+
+
+@dataclass
+class Target:
+    """``outputs (n, out)`` of a consumer in the dense model at ``positions (n,)``.
+
+    ``others (n, out)``: what is added to it later, after it was multiplied with ``gain (out,)``; None without a sum.
+    """
+
+    positions: torch.Tensor
+    outputs: torch.Tensor
+    is_normalised: bool = False
+    gain: torch.Tensor | None = None
+    others: torch.Tensor | None = None
+
+
+@dataclass
+class _Made:
+    """A tensor that is a consumer's output, multiplied by ``gain`` and shifted, by the functions ``after``."""
+
+    number: int
+    call: Call
+    gain: torch.Tensor | None
+    after: list[Callable[[torch.Tensor], torch.Tensor]]
+    fit: _Fit | None = None
+
+
+class _Follower(Watcher):
+    """Follows outputs of consumers up to the tensor that they are added to."""
+
+    def __init__(self, model: nn.Module, renamed: Callable[[str], str] = str) -> None:
+        super().__init__(model, renamed)
+        self.made = WeakTensorKeyDictionary()
+        self.calls = 0
+
+    def follow(self, output: torch.Tensor, call: Call, fit: _Fit | None = None) -> None:
+        self.calls += 1
+        self.made[output] = _Made(self.calls, call, None, [], fit)
+
+    def other(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _SUMS and len(args) == 2 and all(isinstance(a, torch.Tensor) for a in args):
+            return self.sum(func, args[0], args[1], kwargs)
+        position = next((i for i, a in enumerate(args[:2]) if isinstance(a, torch.Tensor) and a in self.made), None)
+        if position is None:
+            return self.apply(func, args, kwargs)
+        made: _Made = self.made[args[position]]
+        gain, follows = _gain(func, name, args, kwargs, position, made.call)
+
+        def after(tensor: torch.Tensor) -> torch.Tensor:
+            replaced = [tensor if i == position else a for i, a in enumerate(args)]
+            result: torch.Tensor = self.apply(func, replaced, kwargs)
+            return result
+
+        result = self.apply(func, args, kwargs)
+        if follows:
+            product = gain if made.gain is None or gain is None else made.gain * gain
+            total = made.gain if gain is None else product
+            self.made[result] = _Made(made.number, made.call, total, [*made.after, after], made.fit)
+            self.passed(made.call.parameter, func)
+        return result
+
+    def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def passed(self, parameter: str, func: Any) -> None:
+        """``func`` has followed the consumer."""
+
+    def sum(self, func: Any, left: torch.Tensor, right: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+        pairs = [(a, b) for a, b in ((left, right), (right, left)) if a in self.made and a.shape == b.shape]
+        if not pairs or kwargs:
+            return func(left, right, **kwargs)
+        # Of two consumers the later one can still be fitted when the other's output is known.
+        last, other = max(pairs, key=lambda pair: self.made[pair[0]].number)
+        return self.summed(func, left, right, self.made[last], other, last is left)
+
+    def summed(
+        self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool
+    ) -> Any:
+        return func(left, right)
+
+
+def _gain(
+    func: Any, name: str, args: Any, kwargs: Mapping[str, Any], position: int, call: Call
+) -> tuple[torch.Tensor | None, bool]:
+    """What ``func`` multiplies every output element with, and whether it does no more than that and a shift."""
+    if (norm := batch_norm_arguments(func, args, kwargs)) is not None:
+        gain = torch.rsqrt(norm["running_var"].float() + norm["eps"])
+        return (gain if norm["weight"] is None else gain * norm["weight"].float()), True
+    if name in _PRODUCTS and len(args) == 2 and isinstance(args[1 - position], nn.Parameter):
+        scale = args[1 - position]
+        width = call.weight.shape[call.out_dim]
+        expected = (width,) if call.window is None else (width, *[1] * len(call.window.kernel))
+        return scale.reshape(-1).float(), tuple(scale.shape) == expected
+    return None, name in _PASSING and position == 0
+
+
+class _Recorder(_Follower):
+    """Records the targets of the dense model."""
+
+    def __init__(self, model: nn.Module, structure: Structure, rows: int, seed: int) -> None:
+        super().__init__(model)
+        self.structure = structure
+        self.rows = rows
+        self.targets: dict[str, Target] = {}
+        self.seen: set[str] = set()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def consumer(self, call: Call) -> Any:
+        output = call.run()
+        if call.parameter in self.seen:
+            self.targets.pop(call.parameter, None)  # called twice: no one fit serves both
+        elif call.parameter in self.structure.tensors:
+            positions = sampled(call.count(), self.rows, self.generator).to(output.device)
+            self.targets[call.parameter] = Target(positions, call.outputs(output, positions))
+            self.follow(output, call)
+        self.seen.add(call.parameter)
+        return output
+
+    def passed(self, parameter: str, func: Any) -> None:
+        if func is F.batch_norm and parameter in self.targets:
+            self.targets[parameter].is_normalised = True
+
+    def summed(
+        self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool
+    ) -> Any:
+        target = self.targets.get(made.call.parameter)
+        if target is not None and target.others is None:
+            target.gain, target.others = made.gain, made.call.outputs(other, target.positions)
+        return func(left, right)
+
+
+@dataclass
+class _Fit:
+    """The normal equations of one consumer in the candidate."""
+
+    call: Call
+    target: Target
+    rows: torch.Tensor
+    wanted: torch.Tensor
+    chosen: torch.Tensor
+    factors: torch.Tensor | None
+    cholesky: torch.Tensor | None = None
+
+    def solve(self, wanted: torch.Tensor) -> None:
+        """Set the weight and the bias for which the outputs are nearest to ``wanted (n, out)``."""
+        with exactly(self.rows):
+            self._solve(wanted)
+        torch.clear_autocast_cache()  # it holds the weight as it was
+
+    def _solve(self, wanted: torch.Tensor) -> None:
+        call, x = self.call, self.rows
+        weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float()
+        residual = wanted - x @ weight.T
+        if call.bias is not None:
+            residual = residual - call.bias.detach().float()
+        centred = call.bias is not None or self.target.is_normalised
+        shift = residual.mean(0)
+        if centred:
+            residual = residual - shift
+        if residual.square().sum() > NEGLIGIBLE * wanted.square().sum():
+            means = x.mean(0) if centred else x.new_zeros(x.shape[1])
+            if self.cholesky is None:
+                spread = x - means
+                gram = (spread.T @ spread).double()
+                gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+                self.cholesky = torch.linalg.cholesky(gram)
+            moment = (x.T @ residual).double()  # the residual has no mean: x need not be centred
+            change = torch.cholesky_solve(moment, self.cholesky).float().T
+            fitted = tensor_like(weight + change, call.weight, call.in_dim, call.out_dim)
+            call.weight.data.copy_(fitted)
+            shift = shift - change @ means
+        if call.bias is not None:
+            call.bias.data.add_(shift.to(call.bias.dtype))
+
+
+class _Refitter(_Follower):
+    """Fits a candidate to the targets while it runs."""
+
+    def __init__(
+        self,
+        candidate: nn.Module,
+        structure: Structure,
+        kept: Kept,
+        targets: Mapping[str, Target],
+        renamed: Callable[[str], str],
+    ) -> None:
+        super().__init__(candidate, renamed)
+        self.structure, self.kept, self.targets = structure, kept, targets
+        self.factors = row_factors(structure, kept)
+
+    def consumer(self, call: Call) -> Any:
+        target = self.targets.get(call.parameter)
+        if target is None:
+            return call.run()
+        device = call.x.device
+        chosen = torch.from_numpy(kept_elements(self.structure, self.kept, call.parameter, call.out_dim)).to(device)
+        held = self.factors.get((call.parameter, call.out_dim))
+        factors = None if held is None else torch.from_numpy(held).to(device).float()[chosen]
+        rows = call.rows(target.positions).float()
+        wanted = target.outputs[:, chosen].float()
+        fit = _Fit(call, target, rows, wanted if factors is None else wanted * factors, chosen, factors)
+        fit.solve(fit.wanted)
+        output = call.run()
+        if target.others is not None:
+            self.follow(output, call, fit)
+        return output
+
+    def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        norm = batch_norm_arguments(func, args, kwargs)
+        return func(*args, **kwargs) if norm is None else func(**norm | {"training": True, "momentum": 1.0})
+
+    def summed(
+        self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool
+    ) -> Any:
+        fit = made.fit
+        if fit is None or fit.target.others is None:
+            return func(left, right)
+        missing = fit.target.others[:, fit.chosen].float() - made.call.outputs(other, fit.target.positions).float()
+        if fit.target.gain is not None:
+            gain = fit.target.gain[fit.chosen]
+            alive = gain.abs() > 1e-3 * gain.abs().max()
+            missing = torch.where(alive, missing / torch.where(alive, gain, torch.ones_like(gain)), 0)
+        fit.solve(fit.wanted + (missing if fit.factors is None else missing * fit.factors))
+        output = made.call.run()
+        for function in made.after:
+            output = function(output)
+        return func(output, other) if is_left else func(other, output)
+
+
+@dataclass
+class Targets:
+    """What every consumer of the dense model gives on ``inputs``, by parameter."""
+
+    model: nn.Module
+    inputs: Inputs
+    by_parameter: dict[str, Target]
+
+
+def record_targets(model: nn.Module, structure: Structure, calibration: Calibration, seed: int = 0) -> Targets:
+    """One pass of the first ``SAMPLES`` samples of ``calibration`` over the dense ``model``."""
+    inputs = first_samples(calibration, SAMPLES)
+    recorder = _Recorder(model, structure, _rows_within_memory(model), seed)
+    with evaluating(model), torch.no_grad(), calibration.precision(model), recorder:
+        inputs.call(model)
+    return Targets(model, inputs, recorder.targets)
+
+
+def refit(candidate: nn.Module, structure: Structure, kept: Kept, targets: Targets, calibration: Calibration) -> None:
+    """Fit all consumers of ``candidate``, and the statistics of its BatchNorm layers, in one pass."""
+    renamed = dense_names(targets.model, structure, kept)
+    refitter = _Refitter(candidate, structure, kept, targets.by_parameter, renamed)
+    with evaluating(candidate), torch.no_grad(), calibration.precision(candidate), refitter:
+        targets.inputs.call(candidate)
+
+
+def first_samples(calibration: Calibration, samples: int) -> Inputs:
+    """The first batches as one, of ``samples`` samples at most; the first alone where batches differ in shape."""
+    chosen: list[Inputs] = []
+    count = 0
+    for inputs in calibration:
+        if chosen and _shapes(inputs) != _shapes(chosen[0]):
+            break
+        chosen.append(inputs)
+        count += len(inputs.tensors()[0])
+        if count >= samples:
+            break
+    size = len(chosen[0].tensors()[0])
+    leaves = zip(*(inputs.leaves() for inputs in chosen), strict=True)
+    joined = iter([_joined(parts, size, samples) for parts in leaves])
+    return chosen[0].map(lambda _: next(joined))
+
+
+def _shapes(inputs: Inputs) -> list[Any]:
+    return [tuple(leaf.shape[1:]) if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs.leaves()]
+
+
+def _joined(parts: tuple[Any, ...], size: int, samples: int) -> Any:
+    """Leaves that hold a sample each, of every batch; others are the first one's."""
+    first = parts[0]
+    if not isinstance(first, torch.Tensor) or first.dim() == 0 or len(first) != size:
+        return first
+    return torch.cat(parts)[:samples].contiguous(memory_format=_format(first))
+
+
+def _format(tensor: torch.Tensor) -> torch.memory_format:
+    is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _rows_within_memory(model: nn.Module) -> int:
+    """``ROWS``, or as many as the targets of all parameters have memory for."""
+    outputs = sum(max(parameter.shape[:2]) for parameter in model.parameters() if parameter.dim() > 1)
+    rows = min(ROWS, MAX_BYTES // (2 * 4 * max(outputs, 1)))
+    if rows < ROWS:
+        logger.warning("sequential least squares: %d vectors a layer instead of %d, for memory", rows, ROWS)
+    return int(rows)
+
+
+def dense_names(model: nn.Module, structure: Structure, kept: Kept) -> Callable[[str], str]:
+    """From names of parameters of the candidate to those of the dense ``model``: layers after a removed one move up."""
+    moved: dict[str, str] = {}
+    for group, mask in zip(structure.groups, kept, strict=True):
+        if group.blocks and group.substitutes is None and not mask.all():
+            container = group.blocks[0].rpartition(".")[0]
+            gone = {block for block, stays in zip(group.blocks, mask, strict=True) if not stays}
+            prefix = f"{container}." if container else ""
+            names = [prefix + key for key, _ in model.get_submodule(container).named_children()]
+            if all(name.rpartition(".")[2].isdigit() for name in names):
+                remaining = [name for name in names if name not in gone]
+                moved |= {f"{prefix}{place}": name for place, name in enumerate(remaining)}
+
+    def dense_name(name: str) -> str:
+        parts = name.split(".")
+        starts = ((".".join(parts[:end]), parts[end:]) for end in range(len(parts) - 1, 0, -1))
+        return next((".".join([moved[start], *rest]) for start, rest in starts if start in moved), name)
+
+    return dense_name
