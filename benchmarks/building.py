@@ -2,11 +2,12 @@
 
 Run: python -m benchmarks.building [--models resnet50,vit_b_16,bert_base,llama_1b] [--rounds 15] [--out building.json]
 
-Every round draws a fresh plan, with a width of every group between its smallest and its whole size, and measures all
-ways one after the other, each with cold caches. The floor is one contiguous copy of exactly the bytes that the candidate keeps, into memory
-that is allocated for it: by torch, and by numpy, which asks the kernel for huge pages. Torch-Pruning
-(`pip install torch-pruning`) needs a new graph for every candidate: its seconds are those to build it and to prune,
-without the copy of the dense model. Weights are random: the time does not depend on them.
+Every round draws a fresh plan, with a width of every group between its smallest and its whole size (of groups of blocks
+too, unless `--whole-depth`), and measures all ways one after the other, each with cold caches. The floor is one
+contiguous copy of exactly the bytes that the candidate keeps, into memory that is allocated for it: by torch, and by
+numpy, which asks the kernel for huge pages. Torch-Pruning (`pip install torch-pruning`) needs a new graph for every
+candidate: its seconds are those to build it and to prune, without the copy of the dense model. Weights are random: the
+time does not depend on them.
 """
 
 from __future__ import annotations
@@ -92,10 +93,12 @@ MODELS: dict[str, Callable[[], Built]] = {
 }
 
 
-def draw_widths(space: prunefront.Space, generator: np.random.Generator) -> dict[str, int]:
-    """A width between the smallest and the whole for every group."""
+def draw_widths(space: prunefront.Space, generator: np.random.Generator, whole_depth: bool = False) -> dict[str, int]:
+    """A width between the smallest and the whole for every group; ``whole_depth``: groups of blocks stay whole."""
     widths = {}
     for group in space.groups:
+        if group.blocks and whole_depth:
+            continue
         width = int(generator.integers(least_width(group), group.size + 1))
         widths[group.name] = max(least_width(group), width // group.multiple_of * group.multiple_of)
     return widths
@@ -123,9 +126,9 @@ def mean_s(function: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
     return timed(lambda: [function(argument) for argument in arguments])[0] / len(arguments)
 
 
-def measure_round(space: prunefront.Space, generator: np.random.Generator) -> Row:
+def measure_round(space: prunefront.Space, generator: np.random.Generator, whole_depth: bool) -> Row:
     """Seconds of every way for one fresh plan, and what it keeps."""
-    widths = [draw_widths(space, generator) for _ in range(PLANS)]
+    widths = [draw_widths(space, generator, whole_depth) for _ in range(PLANS)]
     plans = [space.plan(drawn) for drawn in widths]
     plan_s, cost_s = mean_s(space.plan, widths), mean_s(space.cost, plans)
     apply_s, candidate = cold(lambda: space.apply(plans[0]))
@@ -137,12 +140,12 @@ def measure_round(space: prunefront.Space, generator: np.random.Generator) -> Ro
     return {**dict(zip(WAYS, found, strict=True)), "kept_bytes": size}
 
 
-def measure(model: nn.Module, inputs: Any, rounds: int, seed: int = 0) -> Row:
+def measure(model: nn.Module, inputs: Any, rounds: int, whole_depth: bool = False, seed: int = 0) -> Row:
     """All rounds, and the medians of what they found."""
     space = prunefront.discover(model, inputs, proof="shapes")
     generator = np.random.default_rng(seed)
-    measure_round(space, generator)  # what is made once a space
-    found = [measure_round(space, generator) for _ in range(rounds)]
+    measure_round(space, generator, whole_depth)  # what is made once a space
+    found = [measure_round(space, generator, whole_depth) for _ in range(rounds)]
     medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
     ratios = {
         "apply_per_floor": statistics.median(row["apply_s"] / row["floor_s"] for row in found),
@@ -221,6 +224,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice without it")
+    parser.add_argument("--whole-depth", action="store_true", help="plans remove no blocks")
     parser.add_argument("--without-peer", action="store_true", help="do not run Torch-Pruning")
     parser.add_argument("--out", type=Path, help="also write everything as JSON to this file")
     return parser.parse_args()
@@ -240,7 +244,7 @@ def main() -> None:
     for name in options.models.split(","):
         torch.manual_seed(0)
         model, inputs = MODELS[name]()
-        rows[name] = measure(model, inputs, options.rounds)
+        rows[name] = measure(model, inputs, options.rounds, options.whole_depth)
         if not options.without_peer:
             rows[name]["torch_pruning"] = measure_peer(model, inputs, 1 if name == "llama_1b" else PEER_ROUNDS)
         print(f"{name}: {time_cell(rows[name]['apply_s'])}", file=sys.stderr, flush=True)
