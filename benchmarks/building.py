@@ -1,28 +1,21 @@
-"""Seconds to build one candidate, beside the copy of as many bytes, ``copy.deepcopy`` and Torch-Pruning.
+"""A part of benchmarks.candidate: seconds to build one candidate.
 
-Run: python -m benchmarks.building [--models resnet50,vit_b_16,bert_base,llama_1b] [--rounds 15] [--out building.json]
-
-Every round draws a fresh plan, with a width of every group between its smallest and its whole size (of groups of blocks
-too, unless `--whole-depth`), and measures all ways one after the other, each with cold caches. The floor is one
-contiguous copy of exactly the bytes that the candidate keeps, into memory that is allocated for it: by torch, and by
-numpy, which asks the kernel for huge pages. Torch-Pruning (`pip install torch-pruning`) needs a new graph for every
-candidate: its seconds are those to build it and to prune, without the copy of the dense model. Weights are random: the
-time does not depend on them.
+Every round draws a fresh plan, with a width of every group between its smallest and its whole size, and measures all ways
+one after the other, each with cold caches. The floor is one contiguous copy of exactly the bytes that the candidate
+keeps, into memory that is allocated for it: by torch, and by numpy, which asks the kernel for huge pages. Torch-Pruning
+(`pip install torch-pruning`) needs a new graph for every candidate: its seconds are those to build it and to prune,
+without the copy of the dense model. Weights are random: the time does not depend on them.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import importlib.util
-import json
-import os
 import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +23,7 @@ import torch
 from torch import nn
 
 import prunefront
-from benchmarks.zoo import TorchPruning, explain, least_width, machine, timed
+from benchmarks.zoo import TorchPruning, explain, least_width, timed
 
 Built = tuple[nn.Module, Any]
 Row = dict[str, Any]
@@ -219,41 +212,18 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.building", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="torch's threads; its own choice without it")
-    parser.add_argument("--whole-depth", action="store_true", help="plans remove no blocks")
-    parser.add_argument("--without-peer", action="store_true", help="do not run Torch-Pruning")
-    parser.add_argument("--out", type=Path, help="also write everything as JSON to this file")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
-    if unknown := set(options.models.split(",")) - set(MODELS):
-        sys.exit(f"unknown models {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    if not options.without_peer and importlib.util.find_spec("torch_pruning") is None:
-        sys.exit("this compares with Torch-Pruning: pip install torch-pruning, or pass --without-peer")
+def run(rounds: int = 15) -> dict[str, Row]:
+    """All models; plans keep all blocks."""
+    if importlib.util.find_spec("torch_pruning") is None:
+        sys.exit("this compares with Torch-Pruning: pip install torch-pruning")
     warnings.filterwarnings("ignore")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    before = {**machine(), "load_average": os.getloadavg()[0]}
     rows: dict[str, Row] = {}
-    for name in options.models.split(","):
+    for name, make in MODELS.items():
         torch.manual_seed(0)
-        model, inputs = MODELS[name]()
-        rows[name] = measure(model, inputs, options.rounds, options.whole_depth)
-        if not options.without_peer:
-            rows[name]["torch_pruning"] = measure_peer(model, inputs, 1 if name == "llama_1b" else PEER_ROUNDS)
+        model, inputs = make()
+        rows[name] = measure(model, inputs, rounds, whole_depth=True)
+        rows[name]["torch_pruning"] = measure_peer(model, inputs, 1 if name == "llama_1b" else PEER_ROUNDS)
         print(f"{name}: {time_cell(rows[name]['apply_s'])}", file=sys.stderr, flush=True)
         del model
         gc.collect()
-        if options.out:
-            options.out.write_text(json.dumps({"machine": before, "models": rows}, indent=2) + "\n")
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+    return rows

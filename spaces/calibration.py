@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Fewer samples than this give BatchNorm statistics that are mostly noise.
 MIN_SAMPLES = 128
+#: More samples than this make them no better (docs/repair.md).
+NORM_SAMPLES = 512
 #: A consumer with more columns than this is described by its channels alone.
 MAX_COLUMNS = 1152
 #: All second moments together take at most this.
@@ -226,7 +228,8 @@ def check_calibration(model: nn.Module, calibration: Calibration | None) -> None
 
 
 def recalibrate(model: nn.Module, calibration: Calibration) -> None:
-    """Replace the running statistics of every BatchNorm layer by their average over ``calibration``."""
+    """Replace the running statistics of every BatchNorm layer by their average over ``calibration``, or over its first
+    batches up to ``NORM_SAMPLES`` samples."""
     layers = batch_norms(model)
     if not layers:
         return
@@ -237,8 +240,12 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average
                 layer.train()
+            samples = 0
             for inputs in calibration:
                 inputs.call(model)
+                samples += len(inputs.tensors()[0])
+                if samples >= NORM_SAMPLES:
+                    break
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -169,48 +170,63 @@ class _Recorder(_Follower):
         return func(left, right)
 
 
-@dataclass
 class _Fit:
-    """The normal equations of one consumer in the candidate."""
+    """The normal equations of one consumer in the candidate.
 
-    call: Call
-    target: Target
-    rows: torch.Tensor
-    wanted: torch.Tensor
-    chosen: torch.Tensor
-    factors: torch.Tensor | None
-    cholesky: torch.Tensor | None = None
+    ``rows (n, columns)`` are what it multiplies, ``chosen`` the dense outputs that it still has, ``factors`` what its
+    outputs are scaled by.
+    """
 
-    def solve(self, wanted: torch.Tensor) -> None:
-        """Set the weight and the bias for which the outputs are nearest to ``wanted (n, out)``."""
+    def __init__(
+        self, call: Call, target: Target, rows: torch.Tensor, chosen: torch.Tensor, factors: torch.Tensor | None
+    ) -> None:
+        self.call, self.target, self.rows, self.chosen, self.factors = call, target, rows, chosen, factors
+        self.is_centred = call.bias is not None or target.is_normalised
+        self.means = rows.mean(0) if self.is_centred else rows.new_zeros(rows.shape[1])
+
+    @cached_property
+    def spread(self) -> torch.Tensor:
+        return self.rows - self.means
+
+    @cached_property
+    def gram(self) -> tuple[torch.Tensor, float]:
+        """The Cholesky factor of the second moments with a ridge, in double precision, and the ridge."""
+        gram = (self.spread.T @ self.spread).double()
+        ridge = RIDGE * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+        gram.diagonal().add_(ridge)
+        return torch.linalg.cholesky(gram), ridge
+
+    def solve(self) -> None:
+        """Set the weight and the bias for which the outputs are nearest to the dense ones."""
+        call = self.call
         with exactly(self.rows):
-            self._solve(wanted)
-        torch.clear_autocast_cache()  # it holds the weight as it was
+            wanted = self.scaled(self.target.outputs[:, self.chosen].float())
+            residual = wanted - self.rows @ matrix(call.weight.detach(), call.in_dim, call.out_dim).float().T
+            if call.bias is not None:
+                residual -= call.bias.detach().float()
+            self.moment = residual.new_zeros(residual.shape[1], dtype=torch.float64)
+            if residual.square().sum() > NEGLIGIBLE * wanted.square().sum():
+                self._apply(residual)
 
-    def _solve(self, wanted: torch.Tensor) -> None:
-        call, x = self.call, self.rows
-        weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float()
-        residual = wanted - x @ weight.T
+    def correct(self, missing: torch.Tensor) -> None:
+        """Make the outputs come nearer to what they are plus ``missing (n, out)``."""
+        with exactly(self.rows):
+            self._apply(self.scaled(missing))
+
+    def scaled(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs if self.factors is None else outputs * self.factors
+
+    def _apply(self, residual: torch.Tensor) -> None:
+        call, (cholesky, ridge) = self.call, self.gram
+        moment = (self.spread.T @ residual).double() + self.moment  # centred rows need no centred residual
+        change = torch.cholesky_solve(moment, cholesky)
+        self.moment = ridge * change  # what of the moment is left
+        difference = change.float().T
+        weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float() + difference
+        call.weight.data.copy_(tensor_like(weight, call.weight, call.in_dim, call.out_dim))
         if call.bias is not None:
-            residual = residual - call.bias.detach().float()
-        centred = call.bias is not None or self.target.is_normalised
-        shift = residual.mean(0)
-        if centred:
-            residual = residual - shift
-        if residual.square().sum() > NEGLIGIBLE * wanted.square().sum():
-            means = x.mean(0) if centred else x.new_zeros(x.shape[1])
-            if self.cholesky is None:
-                spread = x - means
-                gram = (spread.T @ spread).double()
-                gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-                self.cholesky = torch.linalg.cholesky(gram)
-            moment = (x.T @ residual).double()  # the residual has no mean: x need not be centred
-            change = torch.cholesky_solve(moment, self.cholesky).float().T
-            fitted = tensor_like(weight + change, call.weight, call.in_dim, call.out_dim)
-            call.weight.data.copy_(fitted)
-            shift = shift - change @ means
-        if call.bias is not None:
-            call.bias.data.add_(shift.to(call.bias.dtype))
+            call.bias.data.add_((residual.mean(0) - difference @ self.means).to(call.bias.dtype))
+        torch.clear_autocast_cache()  # it holds the weight as it was
 
 
 class _Refitter(_Follower):
@@ -236,10 +252,8 @@ class _Refitter(_Follower):
         chosen = torch.from_numpy(kept_elements(self.structure, self.kept, call.parameter, call.out_dim)).to(device)
         held = self.factors.get((call.parameter, call.out_dim))
         factors = None if held is None else torch.from_numpy(held).to(device).float()[chosen]
-        rows = call.rows(target.positions).float()
-        wanted = target.outputs[:, chosen].float()
-        fit = _Fit(call, target, rows, wanted if factors is None else wanted * factors, chosen, factors)
-        fit.solve(fit.wanted)
+        fit = _Fit(call, target, call.rows(target.positions).float(), chosen, factors)
+        fit.solve()
         output = call.run()
         if target.others is not None:
             self.follow(output, call, fit)
@@ -260,7 +274,7 @@ class _Refitter(_Follower):
             gain = fit.target.gain[fit.chosen]
             alive = gain.abs() > 1e-3 * gain.abs().max()
             missing = torch.where(alive, missing / torch.where(alive, gain, torch.ones_like(gain)), 0)
-        fit.solve(fit.wanted + (missing if fit.factors is None else missing * fit.factors))
+        fit.correct(missing)
         output = made.call.run()
         for function in made.after:
             output = function(output)
