@@ -1,10 +1,10 @@
 """A part of benchmarks.candidate: seconds to build one candidate.
 
-Every round draws a fresh plan, with a width of every group between its smallest and its whole size, and measures all ways
-one after the other, each with cold caches. The floor is one contiguous copy of exactly the bytes that the candidate
-keeps, into memory that is allocated for it: by torch, and by numpy, which asks the kernel for huge pages. Torch-Pruning
-(`pip install torch-pruning`) needs a new graph for every candidate: its seconds are those to build it and to prune,
-without the copy of the dense model. Weights are random: the time does not depend on them.
+Every round draws a fresh plan, with a width of every group between its smallest and its whole size, and measures all
+ways one after the other, each with cold caches. The floor is one contiguous copy of exactly the bytes that the
+candidate keeps, into memory that is allocated for it: by torch, and by numpy, which asks the kernel for huge pages.
+Torch-Pruning (`pip install torch-pruning`) needs a new graph for every candidate: its seconds are those to build it and
+to prune, without the copy of the dense model. Weights are random: the time does not depend on them.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 Run: python -m benchmarks.candidate [--parts building,cifar,preparation,transformer,ranking] [--out candidate.json]
 
 ``building``: seconds to build a candidate of four models, beside the copy of as many bytes, ``copy.deepcopy`` and
-Torch-Pruning (see benchmarks/building.py, which has more options). ``cifar``: the CIFAR ResNets of ``task=cifar_resnet``
-(``PRUNEFRONT_DATA`` names the folder with the weights), inner channels of all blocks at one ratio, accuracy on the
-reporting half of the test images for all criteria and compensations. ``preparation``: seconds to slice, to compensate
-and to recalibrate a fresh plan, beside a pass of the dense model over 1,000 images in the same precision, interleaved.
-``transformer``: a small vision transformer trained here on scikit-learn's digits, heads and neurons, accuracy on the 40 %
-of the images that it was not trained on. ``ranking``: Kendall's tau of the one-shot score with the accuracy after an epoch.
+Torch-Pruning. ``cifar``: the CIFAR ResNets of ``task=cifar_resnet`` (``PRUNEFRONT_DATA`` names the folder with the
+weights), inner channels of all blocks at one ratio, accuracy on the reporting half of the test images for all criteria
+and compensations. ``preparation``: seconds to slice, to compensate and to recalibrate a fresh plan, beside a pass of
+the dense model over 1,000 images in the same precision, interleaved. ``transformer``: a small vision transformer
+trained here on scikit-learn's digits, heads and neurons, accuracy on the 40 % of the images that it was not trained on.
+``ranking``: Kendall's tau of the one-shot score with the accuracy after an epoch of fine-tuning.
 """
 
 from __future__ import annotations

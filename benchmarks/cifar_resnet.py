@@ -11,8 +11,9 @@ from dataclasses import asdict
 
 import prunefront
 from prunefront.runners.tasks.cifar_resnet import DEPTHS, cifar_resnet
-from prunefront.search.candidates import Candidates, precision
+from prunefront.search.candidates import Candidates
 from prunefront.search.engine import WIDTH_KINDS
+from prunefront.spaces.calibration import precision
 
 BUDGET, TRIALS = {"macs": "50%"}, 100
 #: What running the model takes; all else is overhead.
@@ -23,9 +24,17 @@ PARTS = ("ask", "project", "build", "recalibrate", "score", "tell")
 def measure(depth: int) -> dict[str, object]:
     task = cifar_resnet(depth)
     model = task.make_model()
-    space = prunefront.discover(model, task.example_inputs, kinds=WIDTH_KINDS)  # as a search does by default
+    space = prunefront.discover(
+        model,
+        task.example_inputs,
+        kinds=WIDTH_KINDS,
+        criterion="reconstruction",
+        calibration=task.calibration,
+        compensation="sequential",
+        autocast=task.autocast,
+    )
     uniform = prunefront.project(space, BUDGET)
-    candidates = Candidates(space, task.calibration, 1, task.autocast)
+    candidates = Candidates(space, task.autocast)
     baseline = candidates.prepare(uniform)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as run_dir:
@@ -35,7 +44,6 @@ def measure(depth: int) -> dict[str, object]:
             score=task.score,
             test=task.test,
             budget=BUDGET,
-            calibration=task.calibration,
             n_trials=TRIALS,
             run_dir=run_dir,
             space=space,

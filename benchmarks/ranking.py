@@ -1,4 +1,4 @@
-"""A part of benchmarks.candidate: Kendall's tau of the one-shot score with the accuracy after one epoch of fine-tuning."""
+"""A part of benchmarks.candidate: Kendall's tau of the one-shot score with the accuracy after an epoch of training."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def fine_tune(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, seed
 def measure(
     depth: int = 20,
     plans: int = 16,
-    methods: Sequence[str] = ("bn", "least_squares", "sequential"),
+    scored: Sequence[str] = ("none", "bn", "least_squares", "sequential"),
+    tuned: Sequence[str] = ("bn", "sequential"),
     seed: int = 0,
 ) -> Row:
-    """Random plans of one budget (50 % of the MACs, all widths of the network), each repaired in every way, scored on the
-    search half of the test images, fine-tuned for one epoch, and scored on the reporting half."""
+    """Random plans of one budget (50 % of the MACs, all widths of the network): scored on the search half of the test
+    images after every repair, and on the reporting half after one epoch of training that starts from some of them."""
     task = cifar_resnet(depth)
     model = task.make_model()
     options = {"calibration": task.calibration, "loss": task.loss, "autocast": task.autocast}
@@ -72,34 +73,40 @@ def measure(
     for number in range(plans):
         shares = dict(zip(space.dimensions, np.exp(generator.uniform(-1.2, 0, len(space.dimensions))), strict=True))
         plan = prunefront.project(space, {"macs": "50%"}, shares)
-        for method in methods:
+        start = time.perf_counter()
+        row: Row = {"plan": number, "one_shot": {}, "tuned": {}}
+        for method in scored:
             with_compensation_kept(space, method)
             candidate = space.apply(plan).eval()
-            start = time.perf_counter()
             with precision(candidate, task.autocast):
-                before = 100 * task.score(candidate)
-                fine_tune(candidate, images, labels, seed)
-                after = 100 * task.test(candidate)
-            seconds = time.perf_counter() - start
-            row = {"plan": number, "compensation": method, "one_shot": before, "tuned": after, "seconds": seconds}
-            rows.append(row)
-            print(row, flush=True)
-    return {"model": f"ResNet-{depth}", "plans": plans, "rows": rows}
+                row["one_shot"][method] = 100 * task.score(candidate)
+            if method in tuned:
+                fine_tune(candidate, images, labels, seed)  # not inside autocast, which would keep the first weights
+                with precision(candidate, task.autocast):
+                    row["tuned"][method] = 100 * task.test(candidate)
+        rows.append({**row, "seconds": time.perf_counter() - start})
+        print(rows[-1], flush=True)
+    return {"model": f"ResNet-{depth}", "rows": rows}
 
 
 def table(result: Row) -> str:
     """Kendall's tau of every one-shot score with every fine-tuned accuracy."""
-    methods = list(dict.fromkeys(row["compensation"] for row in result["rows"]))
+    rows = result["rows"]
+    tuned = list(rows[0]["tuned"])
 
-    def column(method: str, key: str) -> list[float]:
-        return [row[key] for row in result["rows"] if row["compensation"] == method]
+    def column(key: str, method: str) -> list[float]:
+        return [row[key][method] for row in rows]
 
-    heads = [f"tau, tuned from {method}" for method in methods]
-    lines = [f"| one-shot score with | mean | mean after one epoch | {' | '.join(heads)} |"]
-    lines.append("| --- " * (len(methods) + 3) + "|")
-    for method in methods:
-        taus = [kendalltau(column(method, "one_shot"), column(other, "tuned")).statistic for other in methods]
-        means = [np.mean(column(method, key)) for key in ("one_shot", "tuned")]
-        cells = [f"{means[0]:.1f} %", f"{means[1]:.1f} %", *(f"{tau:.2f}" for tau in taus)]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    means = ", ".join(f"{np.mean(column('tuned', method)):.1f} % from {method}" for method in tuned)
+    spread = max(np.std(column("tuned", method)) for method in tuned)
+    lines = [
+        f"{result['model']}, {len(rows)} plans; after one epoch {means}, standard deviation at most {spread:.1f}",
+        "",
+    ]
+    lines.append(f"| one-shot score | mean | {' | '.join(f'tau, tuned from {method}' for method in tuned)} |")
+    lines.append("| --- " * (len(tuned) + 2) + "|")
+    for method in rows[0]["one_shot"]:
+        scores = column("one_shot", method)
+        taus = [kendalltau(scores, column("tuned", other)).statistic for other in tuned]
+        lines.append(f"| {method} | {np.mean(scores):.1f} % | {' | '.join(f'{tau:.2f}' for tau in taus)} |")
     return "\n".join(lines)

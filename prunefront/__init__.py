@@ -1,7 +1,7 @@
 """Find and build smaller models by structured pruning."""
 
 # The function takes the place of the folder's name here; import the folder's parts with `from`.
-from .search import Entry, Result, load, project, search
+from .search import Entry, Measurement, Result, Timing, load, measure, project, search
 from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
 
 __all__ = [
@@ -9,13 +9,16 @@ __all__ = [
     "Entry",
     "Frozen",
     "Group",
+    "Measurement",
     "Member",
     "Plan",
     "PrunefrontError",
     "Result",
     "Space",
+    "Timing",
     "discover",
     "load",
+    "measure",
     "project",
     "search",
 ]

@@ -22,6 +22,7 @@ from .display import errors
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "space": (commands.space, "prunefront space task=digits"),
     "search": (commands.search, "prunefront search task=digits budget.macs=40% n_trials=200"),
+    "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
@@ -85,8 +86,10 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
         overrides[0] = f"run={_quoted(overrides[0])}"
     if "--json" in overrides:
-        if name != "space":
-            raise ConfigError(f"--json is an option of prunefront space; prunefront {name} does not have it")
+        if name not in ("space", "measure"):
+            raise ConfigError(
+                f"--json is an option of prunefront space and measure; prunefront {name} does not have it"
+            )
         overrides = ["json=true" if argument == "--json" else argument for argument in overrides]
     resumed = [a for a in overrides if a.startswith("resume=")]
     if resumed:
@@ -137,6 +140,10 @@ def _is_harmless(override: str, stored: Sequence[str]) -> bool:
         return override in ("task=digits", "task=cifar_resnet")
     if key == "tracker":
         return override in ("tracker=wandb", "tracker=none")
+    if key == "target":
+        return override in ("target=none", "target=torch", "target=onnxruntime", "target=openvino", "target=tensorrt")
+    if key.startswith("target.") and ("target=ssh" in stored or "target=command" in stored):
+        return False  # hosts, programs and options for ssh
     if key == "space":
         return override in ("space=all", "space=widths", "space=depth", "space=uniform")
     return not key.startswith("task.") or "task=custom" not in stored
@@ -192,7 +199,7 @@ def command_help(name: str) -> str:
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
-    for group in ("task", "space", "tracker"):
+    for group in ("task", "space", "target", "tracker"):
         if f"- {group}:" in text:
             lines += ["", f"{group}=... one of"]
             for file in sorted((files / group).iterdir(), key=lambda file: file.name):

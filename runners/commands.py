@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
@@ -21,13 +22,17 @@ from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
 from ..search.engine import objective_of
-from ..search.saved import METRICS, read_json, save_model
+from ..search.latency import LatencyModel
+from ..search.measurement import Settings
+from ..search.saved import METRICS, RESULT, read_json, save_model
+from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
-from ..spaces.errors import ConfigError, SearchError
+from ..spaces.errors import ConfigError, PrunefrontError, SearchError
 from ..spaces.groups import Group
+from ..spaces.inputs import Inputs
 from .check import check_model
-from .display import SearchProgress, console, errors, front_table, space_view
+from .display import SearchProgress, console, errors, front_table, latency_view, space_view
 from .report import read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
@@ -47,14 +52,30 @@ def search(config: DictConfig) -> float:
     task = make_task(config)
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir)
-    result = tracked_search(config, budget, task, space, dense, run_dir)
+    timing, latency = timing_of(config), None
+    if "latency" in budget:
+        if timing is None:
+            raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
+        with console.status("measuring latency"):
+            latency = timing.model(space, Inputs.of(task.example_inputs))
+        dense = {**dense, "latency_ms": latency.dense_ms}
+    result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
+    if (measured := read_json(run_dir / RESULT).get("dense_latency_ms")) is not None:
+        dense = {**dense, "latency_ms": measured}
     write_report(run_dir)
     show_result(result, task, dense)
     return result.best.metrics["score"]
 
 
 def tracked_search(
-    config: DictConfig, budget: dict[str, str], task: Task, space: Space, dense: dict[str, float], run_dir: Path
+    config: DictConfig,
+    budget: dict[str, str],
+    task: Task,
+    space: Space,
+    dense: dict[str, float],
+    run_dir: Path,
+    timing: Timing | None,
+    latency: LatencyModel | None,
 ) -> Result:
     """Search with a progress bar and the tracker of ``config``."""
     objective = objective_of(budget)
@@ -77,11 +98,35 @@ def tracked_search(
                 run_dir=run_dir,
                 space=space,
                 autocast=task.autocast,
+                timing=timing,
+                latency=latency,
                 callbacks=(progress, tracker.trial),
             )
     finally:
         tracker.finish(result)
     return result
+
+
+def timing_of(config: DictConfig) -> Timing | None:
+    """What measures latency, or None. Raises TargetError for what the target cannot do."""
+    if "_target_" not in config.target:
+        return None
+    try:
+        target = hydra.utils.instantiate(config.target, _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, PrunefrontError):
+            raise cause from None
+        raise ConfigError(f"the target cannot be made: {str(error).strip()}") from error
+    options = config.latency
+    return Timing(
+        target,
+        error=options.error,
+        most=options.most,
+        limit_s=options.limit_s,
+        settings=Settings(tolerance=options.tolerance, limit_s=options.measurement_s, seed=config.seed),
+        cache=Path(options.cache).expanduser(),
+    )
 
 
 def make_task(config: DictConfig) -> Task:
@@ -203,6 +248,22 @@ def described_space(space: Space) -> dict[str, Any]:
     }
 
 
+def measure(config: DictConfig) -> None:
+    """Measure plans of a model on a target until their latency can be predicted, and show how well it can."""
+    status = nullcontext() if config.json else errors.status("measuring latency")
+    timing = timing_of(config)
+    if timing is None:
+        raise ConfigError("there is nothing to measure on with target=none; try target=onnxruntime")
+    with redirect_stdout(sys.stderr), status:
+        task = make_task(config)
+        found = discover_for(task, task.make_model().eval(), config)
+        model = timing.model(found, Inputs.of(task.example_inputs), refresh=config.refresh)
+    if config.json:
+        print(json.dumps({**model.to_json(), "target": dict(timing.target.description)}, indent=1))
+    else:
+        console.print(latency_view(model, timing.target.description))
+
+
 def front(config: DictConfig) -> None:
     """Show the front of a run; with a budget, what holds it and the best of that."""
     run_dir = Path(config.run)
@@ -211,8 +272,11 @@ def front(config: DictConfig) -> None:
     budget = given_budget(config)
     if budget:
         costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
-        limits = parse_budget(budget, costs)
-        rows = [[entry[key] for key in Cost.__dataclass_fields__] for entry in entries]
+        limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
+        rows = [
+            [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
+            for entry in entries
+        ]
         entries = [entry for entry, row in zip(entries, rows, strict=True) if limits.holds(row)]
         if not entries:
             raise SearchError(f"no model of the front of {run_dir} holds the budget; search with it")

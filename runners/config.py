@@ -18,6 +18,64 @@ class Budget:
     params: str | None = None
     memory: str | None = None
     size: str | None = None
+    latency: str | None = None
+
+
+@dataclass
+class Latency:
+    """Measuring for the latency model: until its error is that small, at most so many plans and seconds."""
+
+    error: float = 0.05
+    most: int = 64
+    limit_s: float | None = None
+    tolerance: float = 0.01
+    measurement_s: float = 10.0
+    cache: str = "~/.cache/prunefront/latency"
+
+
+@dataclass
+class NoTarget:
+    pass
+
+
+@dataclass
+class TorchTarget:
+    _target_: str = "prunefront.runners.targets.TorchTarget"
+    device: str = "cpu"
+    compile: bool = False
+    precision: str = "float32"
+    channels_last: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class OnnxTarget:
+    _target_: str = "prunefront.runners.targets.OnnxTarget"
+    runtime: str = MISSING
+    threads: int | None = None
+    precision: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass
+class SshTarget:
+    _target_: str = "prunefront.runners.targets.SshTarget"
+    host: str = MISSING
+    runtime: str = "onnxruntime"
+    python: str = "python3"
+    threads: int | None = None
+    precision: str = "float32"
+    device: str = "cpu"
+    connect_timeout_s: int = 15
+    timeout_s: float = 600.0
+    options: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CommandTarget:
+    _target_: str = "prunefront.runners.targets.CommandTarget"
+    command: list[str] = MISSING
+    timeout_s: float = 60.0
 
 
 @dataclass
@@ -92,6 +150,8 @@ class SpaceCommand:
 class Search:
     task: Any = MISSING
     tracker: Any = MISSING
+    target: Any = MISSING
+    latency: Latency = field(default_factory=Latency)
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
     space: Any = MISSING
@@ -100,6 +160,19 @@ class Search:
     timeout_s: float | None = None
     seed: int = 0
     run_dir: str = MISSING
+
+
+@dataclass
+class Measure:
+    """``prunefront measure``."""
+
+    task: Any = MISSING
+    space: Any = MISSING
+    target: Any = MISSING
+    latency: Latency = field(default_factory=Latency)
+    refresh: bool = False
+    seed: int = 0
+    json: bool = False
 
 
 @dataclass
@@ -128,9 +201,18 @@ class LoadCheck:
 def register() -> None:
     """Make the schemas known to Hydra; ``conf/`` extends them."""
     store = ConfigStore.instance()
-    commands = {"search": Search, "space": SpaceCommand, "front": Front, "report": Report, "load_check": LoadCheck}
+    commands = {
+        "search": Search,
+        "space": SpaceCommand,
+        "measure": Measure,
+        "front": Front,
+        "report": Report,
+        "load_check": LoadCheck,
+    }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
     groups |= {"space/options": Space}
+    groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
+    groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

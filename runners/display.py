@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..search.latency import LatencyModel
 from ..search.study import finished
 from ..spaces import Space
 from ..spaces.groups import Frozen, Group
@@ -79,8 +80,15 @@ def front_table(
     """``entries``: name and metrics of each model of the front; ``dense``: those of the dense model, where known."""
     table = Table(caption="shares are of the dense model; the test split was used for these models only")
     table.add_column("model")
-    for name in (f"{score_name} (search)", f"{score_name} (test)", "MACs", "params"):
-        table.add_column(name, justify="right")
+    kinds = dict(_KINDS)
+    if any("latency_ratio" in entry for entry in entries):
+        kinds["latency_ms"] = ("latency", _milliseconds)
+    for heading, _ in kinds.values():
+        table.add_column(heading.format(score=score_name), justify="right")
+
+    def _cells(metrics: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
+        return [kind(metrics.get(key), dense.get(key)) for key, (_, kind) in kinds.items()]
+
     table.add_row("dense", *_cells(dense, {}), end_section=True)
     chosen = next(entry for entry in entries if entry["name"] == picked)
     table.add_row(f"picked ({picked})", *_cells(chosen, dense), style="bold green", end_section=True)
@@ -89,9 +97,10 @@ def front_table(
     return table
 
 
-def _cells(metrics: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
-    kinds = {"score": _score, "test": _score, "macs": _count, "params": _count}
-    return [kind(metrics.get(key), dense.get(key)) for key, kind in kinds.items()]
+def _milliseconds(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g} ms" if dense is None else f"{value:.3g} ms ({value / dense:.1%})"
 
 
 def _score(value: float | None, dense: float | None) -> str:
@@ -105,6 +114,14 @@ def _count(value: float | None, dense: float | None) -> str:
         return "-"
     return f"{value:,.0f}" if dense is None else f"{value:,.0f} ({value / dense:.1%})"
 
+
+#: Columns of the table of models: headings, and how values are written.
+_KINDS: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
+    "score": ("{score} (search)", _score),
+    "test": ("{score} (test)", _score),
+    "macs": ("MACs", _count),
+    "params": ("params", _count),
+}
 
 #: Siblings in the tree of a space that differ by their number alone are shown once from this many on.
 FOLDED_FROM = 3
@@ -355,3 +372,21 @@ def _discovery(space: Space) -> Text:
         f"Discovery took {sum(space.seconds.values()):.1f} s ({parts}). Of a forward whose control flow depends on "
         "data, only the branch that the example inputs take is seen."
     )
+
+
+def latency_view(model: LatencyModel, target: Mapping[str, Any]) -> RenderableType:
+    """Measured plans beside what is predicted for them, and how far predictions are off in cross-validation."""
+    widths = np.array([measured.widths for measured in model.measured])
+    predicted, macs = model.ratios(widths), model.space.cost_batch(widths)[:, 0] / model.space.dense_cost.macs
+    table = Table(title="measured plans, slowest first; shares are of the dense model")
+    for name in ("MACs", "latency", "predicted", "off by"):
+        table.add_column(name, justify="right")
+    for row in sorted(range(len(widths)), key=lambda index: -model.measured[index].ratio):
+        ratio = model.measured[row].ratio
+        table.add_row(f"{macs[row]:.1%}", f"{ratio:.1%}", f"{predicted[row]:.1%}", f"{predicted[row] / ratio - 1:+.1%}")
+    facts = ", ".join(f"{key} {value}" for key, value in target.items() if value is not None)
+    summary = (
+        f"{facts}\ndense model {model.dense_ms:.3g} ms; predictions are off by {model.error:.1%} on average in "
+        f"cross-validation, Kendall's tau {model.tau:.2f}, from {len(widths)} plans"
+    )
+    return Lines(table, Text(summary))

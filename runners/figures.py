@@ -15,6 +15,7 @@ LABELS = {
     "params": "parameters",
     "memory_bytes": "activation memory (bytes)",
     "size_bytes": "size (bytes)",
+    "latency_ms": "latency (ms)",
 }
 
 

@@ -24,6 +24,7 @@ th:first-child, td:first-child { text-align: left } tr.picked { font-weight: 600
 """
 #: Columns of the table of models.
 COLUMNS = {"score": "score (search)", "test": "score (test)"} | LABELS
+COLUMNS |= {"latency_low_ms": "from", "latency_high_ms": "to (95 %)", "latency_predicted_ms": "predicted"}
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     dense = dict(space.get("dense_cost", {}))
     if (run_dir / "dense" / METRICS).exists():
         dense |= read_json(run_dir / "dense" / METRICS)
+    if "dense_latency_ms" in result:
+        dense["latency_ms"] = result["dense_latency_ms"]
     names = [entry.get("name") for entry in result.get("front", [])]
     if result.get("picked") not in names or result.get("objective") not in dense:
         raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")
@@ -108,6 +111,8 @@ def _cell(key: str, value: float | None, dense: float | None) -> str:
         return "-"
     if key in ("score", "test"):
         return f"{value:.4f}"
+    if key.endswith("_ms"):
+        return f"{value:.3g} ms" if not dense else f"{value:.3g} ms ({value / dense:.1%})"
     return f"{value:,.0f}" if not dense else f"{value:,.0f} ({value / dense:.1%})"
 
 

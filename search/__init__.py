@@ -2,8 +2,21 @@
 
 from .budget import Limits, parse_budget
 from .engine import search
+from .measurement import Measurement, measure
 from .projection import project
 from .result import Entry, Result
 from .saved import load
+from .timing import Timing
 
-__all__ = ["Entry", "Limits", "Result", "load", "parse_budget", "project", "search"]
+__all__ = [
+    "Entry",
+    "Limits",
+    "Measurement",
+    "Result",
+    "Timing",
+    "load",
+    "measure",
+    "parse_budget",
+    "project",
+    "search",
+]

@@ -15,6 +15,9 @@ from ..spaces.errors import BudgetError
 
 #: Budget key -> column of ``CostModel.batch`` and how much of that cost one unit of the key is.
 KEYS = {"macs": (0, 1.0), "flops": (0, 0.5), "params": (1, 1.0), "memory": (2, 1.0), "size": (3, 1.0)}
+#: The budget key of latency; its column follows those of the analytic costs and holds ratios to the dense model.
+LATENCY, LATENCY_COLUMN = "latency", 4
+_SECONDS = {"ms": 1.0, "s": 1e3, "us": 1e-3}
 _COUNTS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
@@ -22,28 +25,33 @@ _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits in the order macs, params, memory_bytes, size_bytes; infinite where nothing is limited."""
+    """Upper limits in the order macs, params, memory_bytes, size_bytes, latency as a ratio to the dense model's;
+    infinite where nothing is limited."""
 
-    values: tuple[float, float, float, float]
+    values: tuple[float, ...]
 
     def excess(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Largest share by which each row of ``costs`` (plans, 4) is above its limits; feasible when <= 0."""
-        shares: NDArray[np.float64] = (costs / np.array(self.values) - 1).max(axis=1)
+        """Largest share by which each row of ``costs`` (plans, 4 or 5) is above its limits; feasible when <= 0."""
+        shares: NDArray[np.float64] = (costs / np.array(self.values[: costs.shape[1]]) - 1).max(axis=1)
         return shares
 
     def holds(self, costs: Sequence[float]) -> bool:
-        """Whether one plan's costs (4) are within the limits."""
+        """Whether one plan's costs (4 or 5) are within the limits."""
         return bool(self.excess(np.array([costs], dtype=float))[0] <= 0)
 
     def replace(self, column: int, limit: float) -> Limits:
         """The same limits with another one in ``column``."""
         values = list(self.values)
         values[column] = limit
-        return Limits((values[0], values[1], values[2], values[3]))
+        return Limits(tuple(values))
 
 
-def parse_budget(budget: Mapping[str, str | float], dense: Cost, may_be_empty: bool = False) -> Limits:
-    """Read ``{"macs": "50%", "params": "200k", "size": "1MB"}``.
+def parse_budget(
+    budget: Mapping[str, str | float], dense: Cost, may_be_empty: bool = False, dense_ms: float | None = None
+) -> Limits:
+    """Read ``{"macs": "50%", "params": "200k", "size": "1MB", "latency": "5ms"}``.
+
+    ``dense_ms``: latency of the dense model, where it is known: a latency in milliseconds is not checked without.
 
     Raises:
         BudgetError: no budget, an unknown key or unit, or a limit that is not positive.
@@ -51,13 +59,28 @@ def parse_budget(budget: Mapping[str, str | float], dense: Cost, may_be_empty: b
     if not budget and not may_be_empty:
         raise BudgetError(f"the budget is empty; give at least one of {', '.join(KEYS)}, such as macs=50%")
     totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes)
-    limits = [math.inf] * len(totals)
+    limits = [math.inf] * (len(totals) + 1)
     for key, text in budget.items():
+        if key == LATENCY:
+            limits[LATENCY_COLUMN] = _latency_ratio(text, dense_ms)
+            continue
         if key not in KEYS:
-            raise BudgetError(f"unknown budget {key!r}; expected one of {', '.join(KEYS)}")
+            raise BudgetError(f"unknown budget {key!r}; expected one of {', '.join([*KEYS, LATENCY])}")
         column, scale = KEYS[key]
         limits[column] = min(limits[column], _limit(key, text, totals[column], scale))
-    return Limits((limits[0], limits[1], limits[2], limits[3]))
+    return Limits(tuple(limits))
+
+
+def _latency_ratio(text: str | float, dense_ms: float | None) -> float:
+    match = None if isinstance(text, bool) else _NUMBER.fullmatch(str(text))
+    if match is None or (match[2] != "%" and match[2] not in _SECONDS):
+        raise BudgetError(f"cannot read budget latency={text!r}; expected a number with ms, s, us or %, such as 5ms")
+    number = float(match[1])
+    if number <= 0:
+        raise BudgetError(f"budget latency={text!r} must be positive")
+    if match[2] == "%":
+        return number / 100
+    return math.inf if dense_ms is None else number * _SECONDS[match[2]] / dense_ms
 
 
 def _limit(key: str, text: str | float, dense: float, scale: float) -> float:

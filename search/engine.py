@@ -24,11 +24,13 @@ from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
-from .budget import KEYS, Limits, check_reachable, parse_budget
+from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget
 from .candidates import Candidates, Score
+from .latency import LatencyModel, check_latency
 from .projection import project_widths
-from .result import Result, collect
+from .result import LATENCY_MS, Result, Verification, collect
 from .study import check_owner, finished, make_sampler, open_study
+from .timing import Timing
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ MODES = ("budget", "front")
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
 #: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
-COLUMNS = ("macs", "params", "memory_bytes", "size_bytes")
+COLUMNS = ("macs", "params", "memory_bytes", "size_bytes", LATENCY_MS)
 
 Callback = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 
@@ -70,6 +72,8 @@ def search(
     round_to: int | Mapping[str, int] = 1,
     space: Space | None = None,
     autocast: torch.dtype | None = None,
+    timing: Timing | None = None,
+    latency: LatencyModel | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Find the best pruned models and save them in ``run_dir``.
@@ -83,7 +87,9 @@ def search(
     of several, the search chooses. ``compensation``, ``loss``, ``round_to``: see :func:`discover`. ``kinds`` are by
     default all but blocks: taking out whole blocks pays after a search of widths, or with training. ``space``, from an
     earlier :func:`discover` of this model, saves doing that again and brings all of these, calibration included.
-    ``autocast`` runs calibration and scores in this type.
+    ``autocast`` runs calibration and scores in this type. ``timing``: the target on which latency is measured, for
+    ``budget={"latency": "5ms"}`` or ``"60%"``, and for the measured latency of the front; ``latency``: the model of it,
+    from ``timing.model(space, inputs)``, where it has been made already.
     An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
     Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
 
@@ -115,11 +121,20 @@ def search(
             "space= brings its own model, criterion, calibration, compensation, loss, kinds and round_to; "
             "give them to discover() only"
         )
-    limits = parse_budget(budget or {}, space.dense_cost, may_be_empty=mode == "front")
+    empty = mode == "front"
+    parse_budget(budget or {}, space.dense_cost, empty)  # a typing error is told before anything is measured
+    inputs = Inputs.of(example_inputs)
+    if LATENCY in (budget or {}) and latency is None:
+        if timing is None:
+            raise ConfigError("a latency budget needs timing=, the target to measure on")
+        latency = timing.model(space, inputs)
+    dense_ms = None if latency is None else latency.dense_ms
+    limits = parse_budget(budget or {}, space.dense_cost, empty, dense_ms)
     check_reachable(space, limits)
+    if latency is not None:
+        check_latency(latency, limits.values[LATENCY_COLUMN])
     if not space.repairs_nothing_by_choice:
         check_calibration(model, space.calibration)
-    inputs = Inputs.of(example_inputs)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     objective = objective_of(budget)
     header: dict[str, Any] = {
@@ -129,6 +144,7 @@ def search(
         "criterion": ", ".join(space.criteria),
         "compensation": space.compensation,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
+        "target": None if timing is None else dict(timing.target.description),
         "seed": seed,
         "weights": weights_digest(model),
     }
@@ -139,9 +155,10 @@ def search(
         fresh_seed = seed + len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(sampler, mode, n_trials, len(space.dimensions), fresh_seed)
         candidates = Candidates(space, autocast)
-        run = _Run(candidates, limits, study, score, objective)
+        run = _Run(candidates, limits, study, score, objective, latency)
         run.trials(n_trials, timeout_s, callbacks)
-        return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason)
+        verification = None if timing is None else Verification(timing, limits.values[LATENCY_COLUMN], inputs)
+        return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason, verification)
     except OSError as error:
         raise StorageError(
             f"cannot write to {directory}: {error}. Finished trials are safe; "
@@ -151,10 +168,17 @@ def search(
 
 class _Run:
     def __init__(
-        self, candidates: Candidates, limits: Limits, study: optuna.Study, score: Score, objective: str
+        self,
+        candidates: Candidates,
+        limits: Limits,
+        study: optuna.Study,
+        score: Score,
+        objective: str,
+        latency: LatencyModel | None,
     ) -> None:
         self.candidates, self.space, self.timer = candidates, candidates.space, candidates.timer
         self.limits, self.study, self.score, self.objective = limits, study, score, objective
+        self.latency = latency
         self.names = list(self.space.dimensions)
         self.known = {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(study)}
         self.reason = ""
@@ -225,15 +249,22 @@ class _Run:
         return criteria[0] if len(criteria) == 1 else str(trial.suggest_categorical(CRITERION, criteria))
 
     def project(self, shares: NDArray[np.float64], limits: Limits, criterion: str) -> tuple[Plan, dict[str, float]]:
-        widths = project_widths(self.space, limits, shares, criterion)
+        widths = project_widths(self.space, limits, shares, criterion, self.latency)
         plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)}, criterion)
-        return plan, asdict(self.space.cost(plan))
+        cost: dict[str, float] = asdict(self.space.cost(plan))
+        if self.latency is not None:
+            cost[LATENCY_MS] = float(self.latency.ratios(widths[None], criterion)[0]) * self.latency.dense_ms
+        return plan, cost
 
     def front_limits(self, trial: optuna.Trial) -> Limits:
         """The limits with the objective's one drawn by the sampler, as a share of the dense cost."""
         column = COLUMNS.index(self.objective)
-        dense = asdict(self.space.dense_cost)[self.objective]
-        smallest = self.space.cost_batch(self.space.smallest_widths()[None])[0][column] / dense
+        least = self.space.smallest_widths()[None]
+        if self.latency is not None and self.objective == LATENCY_MS:
+            dense, smallest = 1.0, float(self.latency.ratios(least)[0])  # limits of latency are ratios
+        else:
+            dense = asdict(self.space.dense_cost)[self.objective]
+            smallest = self.space.cost_batch(least)[0][column] / dense
         highest = min(1.0, self.limits.values[column] / dense)
         lowest = min(max(SMALLEST_SHARE, smallest), highest)
         share = trial.suggest_float(COST_SHARE, lowest, highest, log=True)
@@ -251,7 +282,8 @@ def _is_given(
 
 def objective_of(budget: Mapping[str, Any] | None) -> str:
     """The cost that the front trades against the score: that of the first budget, macs without one."""
-    return COLUMNS[KEYS[next(iter(budget))][0]] if budget else "macs"
+    first = next(iter(budget)) if budget else "macs"
+    return LATENCY_MS if first == LATENCY else COLUMNS[KEYS[first][0]]
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..spaces import Plan, Space
 from ..spaces.errors import PlanError
 from .budget import Limits, check_reachable, parse_budget
+from .latency import LatencyModel
 
 #: Scales tried at once in a round; two rounds resolve the scale to one part in a million.
 _STEPS = 1024
@@ -39,27 +40,41 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
 
 
 def project_widths(
-    space: Space, limits: Limits, shares: NDArray[np.float64], criterion: str | None = None
+    space: Space,
+    limits: Limits,
+    shares: NDArray[np.float64],
+    criterion: str | None = None,
+    latency: LatencyModel | None = None,
 ) -> NDArray[np.int64]:
     """Widths (groups,) of the largest feasible scale of ``shares`` (groups,), topped up group by group.
 
-    ``criterion`` decides which blocks stay.
+    ``criterion`` decides which blocks stay; ``latency`` predicts what the limits say about it.
     """
+
+    def excess(widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        costs = space.cost_batch(widths, criterion)
+        if latency is not None:
+            costs = np.column_stack([costs, latency.ratios(widths, criterion)])
+        return limits.excess(costs)
+
     low, high = 0.0, 1 / shares.min()
     widths = space.smallest_widths()
     for _ in range(2):
         scales = np.linspace(low, high, _STEPS)
         proposals = space.round_widths(np.minimum(scales[:, None] * shares, 1) * space.sizes)
-        feasible = np.flatnonzero(limits.excess(space.cost_batch(proposals, criterion)) <= 0)
+        feasible = np.flatnonzero(excess(proposals) <= 0)
         if not len(feasible):
             break
         best = feasible[-1]
         widths, low, high = proposals[best], scales[best], scales[min(best + 1, _STEPS - 1)]
-    return _top_up(space, limits, widths, shares * space.sizes, criterion)
+    return _top_up(space, excess, widths, shares * space.sizes)
 
 
 def _top_up(
-    space: Space, limits: Limits, widths: NDArray[np.int64], wanted: NDArray[np.float64], criterion: str | None
+    space: Space,
+    excess: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    widths: NDArray[np.int64],
+    wanted: NDArray[np.float64],
 ) -> NDArray[np.int64]:
     """Rounding leaves slack: grow one group at a time by one step, the most behind first, while the budget holds."""
     widths = widths.copy()
@@ -67,7 +82,7 @@ def _top_up(
         larger = np.tile(widths, (len(widths), 1))
         np.fill_diagonal(larger, space.next_widths(widths))
         grown = larger.diagonal() > widths
-        fits = grown & (limits.excess(space.cost_batch(larger, criterion)) <= 0)
+        fits = grown & (excess(larger) <= 0)
         if not fits.any():
             return widths
         candidates = np.flatnonzero(fits)

@@ -41,30 +41,51 @@ class Cost:
         return 2 * self.macs
 
 
-class CostModel:
-    """Evaluates costs for whole batches of plans at once.
+class _Polynomials:
+    """Evaluates many polynomials in the same variables at once."""
 
-    The variables of the polynomials are the widths of the groups, then for every unit of every group of blocks whether
-    it stays (0 or 1), in the order of :meth:`variables`.
-    """
-
-    def __init__(self, model: nn.Module, structure: Structure) -> None:
-        self._groups = structure.groups
-        terms = _Terms(structure)
-        parameters, size = _parameter_costs(model, structure, terms)
-        macs = _sum(terms.polynomial(work) for work in structure.work)
-        moments = _undominated([_sum(terms.moment(moment)) for moment in structure.live])
-        polynomials = [macs, parameters, size, *moments]
+    def __init__(self, variables: int, polynomials: Sequence[Polynomial]) -> None:
         monomials = sorted({monomial for polynomial in polynomials for monomial in polynomial})
         degree = max((len(monomial) for monomial in monomials), default=1) or 1
-        self._one = terms.variables
-        self._index = np.array([[*m, *([self._one] * (degree - len(m)))] for m in monomials], dtype=np.intp)
+        #: One more variable, which is 1, fills up monomials of lower degree.
+        self.variables = variables + 1
+        self._index = np.array([[*m, *([variables] * (degree - len(m)))] for m in monomials], dtype=np.intp)
         self._index = self._index.reshape(len(monomials), degree)
         position = {monomial: row for row, monomial in enumerate(monomials)}
         self._coefficients = np.zeros((len(monomials), len(polynomials)))
         for column, polynomial in enumerate(polynomials):
             for monomial, coefficient in polynomial.items():
                 self._coefficients[position[monomial], column] = coefficient
+
+    def batch(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``values (plans, variables)`` to ``(plans, polynomials)``."""
+        products = values[:, self._index[:, 0]]
+        for column in range(1, self._index.shape[1]):
+            products *= values[:, self._index[:, column]]
+        totals: NDArray[np.float64] = products @ self._coefficients
+        return totals
+
+    def one(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``values (variables,)`` to ``(polynomials,)``: a batch of one would waste its time."""
+        totals: NDArray[np.float64] = values.take(self._index).prod(axis=1) @ self._coefficients
+        return totals
+
+
+class CostModel:
+    """Evaluates costs for whole batches of plans at once.
+
+    The variables of the polynomials are the widths of the groups, then for every unit of every group of blocks whether
+    it stays (0 or 1).
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self._groups = structure.groups
+        terms = _Terms(structure)
+        parameters, size = _parameter_costs(model, structure, terms)
+        work = [terms.polynomial(work) for work in structure.work]
+        moments = _undominated([_sum(terms.moment(moment)) for moment in structure.live])
+        self._totals = _Polynomials(terms.variables, [_sum(work), parameters, size, *moments])
+        self._operators = _Polynomials(terms.variables, work)
 
     def batch(
         self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
@@ -73,22 +94,23 @@ class CostModel:
 
         ``widths (plans, groups)``; ``blocks``: for every group of blocks in order, which units stay ``(plans, units)``.
         """
-        values = np.column_stack([widths, *blocks, np.ones(len(widths))]).astype(np.float64)
-        products = values[:, self._index[:, 0]]
-        for column in range(1, self._index.shape[1]):
-            products *= values[:, self._index[:, column]]
-        totals = products @ self._coefficients
+        totals = self._totals.batch(_values(widths, blocks))
         memory = totals[:, 3:].max(axis=1) if totals.shape[1] > 3 else np.zeros(len(widths))
         return np.column_stack([totals[:, 0], totals[:, 1], memory, totals[:, 2]])
 
+    def operator_macs(
+        self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
+    ) -> NDArray[np.float64]:
+        """MACs of every convolution and matrix product, in the order of the forward: ``(plans, operators)``."""
+        return self._operators.batch(_values(widths, blocks))
+
     def of_widths(self, widths: Sequence[int], blocks: Sequence[NDArray[np.bool_]]) -> Cost:
         """The cost of one plan: ``widths (groups,)``, and for every group of blocks in order which units stay."""
-        # A batch of one plan would spend most of its time on its second dimension.
-        values = np.ones(self._one + 1)
+        values = np.ones(self._totals.variables)
         values[: len(widths)] = widths
         if blocks:
             values[len(widths) : -1] = np.concatenate(blocks)
-        totals = values.take(self._index).prod(axis=1) @ self._coefficients
+        totals = self._totals.one(values)
         memory = totals[3:].max() if len(totals) > 3 else 0
         return Cost(int(totals[0]), int(totals[1]), int(memory), int(totals[2]))
 
@@ -96,6 +118,12 @@ class CostModel:
         """The cost of one plan, given the units that stay in every group."""
         blocks = [mask for mask, group in zip(kept, self._groups, strict=True) if group.blocks]
         return self.of_widths([int(np.count_nonzero(mask)) for mask in kept], blocks)
+
+
+def _values(
+    widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
+) -> NDArray[np.float64]:
+    return np.column_stack([widths, *blocks, np.ones(len(widths))]).astype(np.float64)
 
 
 class _Terms:

@@ -39,3 +39,7 @@ class SearchError(PrunefrontError, RuntimeError):
 
 class ConfigError(PrunefrontError, ValueError):
     """An option has an unknown name or a value of the wrong kind."""
+
+
+class TargetError(PrunefrontError):
+    """A target cannot measure: unreachable, its runtime is missing, an export failed, a model hangs."""

@@ -166,10 +166,19 @@ class Space:
 
     def cost_batch(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
         """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
+        return self._cost.batch(*self._variables(widths, criterion))
+
+    def operator_macs(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
+        """MACs of every convolution and matrix product: ``widths (plans, dimensions)`` to ``(plans, operators)``."""
+        return self._cost.operator_macs(*self._variables(widths, criterion))
+
+    def _variables(
+        self, widths: NDArray[np.integer], criterion: str | None
+    ) -> tuple[NDArray[np.integer], list[NDArray[np.bool_]]]:
+        """Widths by group, and which units of every group of blocks stay."""
         by_group = widths[:, self._dimension_of]
         ranks = self._ranking(criterion).ranks
-        blocks = [ranks[i] < by_group[:, i, None] for i in self._block_groups]
-        return self._cost.batch(by_group, blocks)
+        return by_group, [ranks[i] < by_group[:, i, None] for i in self._block_groups]
 
     def smallest_widths(self) -> NDArray[np.int64]:
         """The smallest allowed width of every dimension, shape ``(dimensions,)``."""
@@ -196,6 +205,10 @@ class Space:
     def apply(self, plan: Plan) -> nn.Module:
         """A really smaller model with its own parameters, ready to train: sliced, then :attr:`compensation`."""
         return self.repair(self.build(plan), plan)
+
+    def slice(self, plan: Plan) -> nn.Module:
+        """The candidate without any repair: its shapes are right, and it equals the masked dense model."""
+        return self._slicer(self._kept(plan))
 
     def build(self, plan: Plan) -> nn.Module:
         """The part of :meth:`apply` that runs no model: slices, and weights fitted from moments of the dense model."""

@@ -65,6 +65,36 @@ def test_every_combination_of_a_multirun_has_its_own_run(in_tmp, tiny):
     assert limits == [{"macs": "40%"}, {"macs": "60%"}]
 
 
+def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
+    options = ["space.criterion=[l1,taylor]", "space.compensation=sequential"]
+    assert main(["search", *tiny, *options, "tracker=none", "run_dir=c"]) == 0
+    described = json.loads((in_tmp / "c" / "space.json").read_text())["search"]
+    assert described["criterion"] == "l1, taylor" and described["compensation"] == "sequential"
+    assert "criterion l1, taylor, compensation sequential" in (in_tmp / "c" / "report.html").read_text()
+
+
+QUICK = ["latency.most=16", "latency.error=1", "latency.measurement_s=0.2", "latency.tolerance=0.2"]
+
+
+def test_latency_is_measured_and_budgeted(in_tmp, tiny, capsys):
+    model = [option for option in tiny if option.startswith("task.")]
+    cache = f"latency.cache={in_tmp}/cache"
+    assert main(["measure", *model, "target=torch", *QUICK, cache, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert len(measured["measured"]) == 16 and measured["target"]["target"] == "torch" and measured["dense_ms"] > 0
+    assert main(["measure", *model, "target=torch", *QUICK, cache]) == 0
+    assert "off by" in capsys.readouterr().out
+    options = ["target=torch", "budget.latency=150%", *QUICK, cache, "tracker=none", "run_dir=l"]
+    assert main(["search", *tiny, *options]) == 0
+    result = json.loads((in_tmp / "l" / "result.json").read_text())
+    assert result["objective"] == "latency_ms" and result["dense_latency_ms"] > 0
+    assert all(entry["latency_ms"] > 0 and entry["latency_predicted_ms"] > 0 for entry in result["front"])
+    assert "latency (ms)" in (in_tmp / "l" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["front", "l", "budget.latency=1000%"]) == 0
+    assert " ms" in capsys.readouterr().out
+
+
 def test_a_multirun_tells_of_its_failures(in_tmp, tiny):
     assert main(["search", "-m", *tiny, "budget.macs=40%,0.01%", "tracker=none", "run_dir=m"]) == 1
     assert prunefront.load(in_tmp / "m" / "0")
@@ -99,6 +129,12 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["search", "budget.macs=5furlongs"], "cannot read budget macs"),
         (["search", "task.width=4", "task.epochs=1", "budget.macs=0.01%"], "the smallest candidate"),
         (["search", "task.width=4", "task.epochs=1", "sampler=annealing"], "unknown sampler"),
+        (["space", "task.width=4", "task.epochs=1", "space.criterion=[l1,l3]"], "unknown criterion ['l3']"),
+        (["space", "task.width=4", "task.epochs=1", "space.compensation=ls"], "unknown compensation 'ls'"),
+        (["search", "task.width=4", "task.epochs=1", "budget.latency=5ms"], "needs the target to measure on"),
+        (["search", "budget.latency=5furlongs"], "cannot read budget latency"),
+        (["measure", "target=none"], "nothing to measure on"),
+        (["measure", "target=torch", "target.precision=int3"], "unknown precision"),
         (["search", "task=custom"], "task.model must make"),
         (["search", "task=custom", "task.model._target_=torch.nn.Nothing"], "torch.nn.Nothing"),
         (["search", "task=custom", "task.model._target_=torch.nn.Identity"], "task.score is not set"),

@@ -160,6 +160,33 @@ def test_a_killed_trial_is_tried_again(tmp_path):
     assert again[3].params == wanted
 
 
+def test_the_search_chooses_among_several_criteria(tmp_path):
+    result = run(tmp_path, criterion=["l1", "reconstruction"], compensation="sequential", n_trials=10)
+    trials = result.study.trials
+    assert {trial.params["criterion"] for trial in trials} == {"l1", "reconstruction"}
+    assert all(trial.user_attrs["plan"]["criterion"] == trial.params["criterion"] for trial in trials)
+    best = result.study.best_trial
+    plan = result.space.plan(best.user_attrs["plan"]["widths"], best.params["criterion"])
+    assert plan.fingerprint == best.user_attrs["plan"]["fingerprint"] == result.best.plan.fingerprint
+    model = prunefront.load(tmp_path)
+    assert fidelity(model) == pytest.approx(result.best.metrics["score"], rel=1e-4)
+    with pytest.raises(SearchError, match="has compensation sequential, not bn"):
+        run(tmp_path, criterion=["l1", "reconstruction"], compensation="bn")
+
+
+def test_a_space_brings_its_own_calibration(tmp_path):
+    model = make_model()
+    space = prunefront.discover(model, INPUTS, calibration=CALIBRATION, compensation="bn")
+    result = run(tmp_path, model=model, space=space, calibration=None, n_trials=3)
+    assert result.space.compensation == "bn"
+    with pytest.raises(ConfigError, match="give them to discover"):
+        run(tmp_path, model=model, space=space)
+    with pytest.raises(CalibrationError, match="BatchNorm"):
+        run(tmp_path, model=model, space=prunefront.discover(model, INPUTS), calibration=None)
+    untouched = prunefront.discover(model, INPUTS, compensation="none")
+    assert run(tmp_path / "none", model=model, space=untouched, calibration=None, n_trials=2).best
+
+
 def test_a_failing_test_function_costs_no_model(tmp_path, caplog):
     result = run(tmp_path, test=lambda model: float("nan"))
     assert "test" not in result.best.metrics and "test returned nan" in caplog.text

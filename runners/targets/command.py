@@ -1,0 +1,79 @@
+"""The user's own program as a target: it gets an ONNX file and prints milliseconds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...search import protocol
+from ...search.measurement import Settings
+from ...spaces.errors import TargetError
+from ...spaces.inputs import Inputs
+from .exporting import arrays_for
+from .local import exported
+
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class CommandTarget:
+    """``command``: a list of arguments; ``{model}`` is the path of the ONNX file, ``{inputs}`` that of an .npz with the
+    arrays input0, input1, ... The last number of the last line that it prints is the time of one forward pass in ms.
+
+    No shell is involved. A run that takes longer than ``timeout_s`` is killed.
+    """
+
+    command: Sequence[str] = ()
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.command or not any("{model}" in part for part in self.command):
+            raise TargetError("target.command must be a list of arguments, one of them with {model}")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        return {"target": "command", "command": list(self.command)}
+
+    def times(
+        self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
+    ) -> tuple[list[list[float]], dict[str, Any]]:
+        with exported(models, inputs) as paths:
+            arrays = paths[0].with_name("inputs.npz")
+            named: dict[str, Any] = {f"input{i}": value for i, value in enumerate(arrays_for(paths[0], inputs))}
+            np.savez(arrays, **named)
+            facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
+            # The program warms up by itself: a run more is a start of a process more.
+            options = {**asdict(settings), "warm_up_s": 0.0}
+            return protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options), facts
+
+    def _run(self, model: Path, inputs: Path) -> Callable[[], float]:
+        values = {"{model}": str(model), "{inputs}": str(inputs)}
+        arguments = list(self.command)
+        for name, value in values.items():
+            arguments = [argument.replace(name, value) for argument in arguments]
+
+        def run() -> float:
+            try:
+                ended = subprocess.run(arguments, capture_output=True, text=True, timeout=self.timeout_s, check=False)
+            except FileNotFoundError as error:
+                raise TargetError(f"target.command: {arguments[0]} cannot be started: {error}") from error
+            except subprocess.TimeoutExpired as error:
+                raise TargetError(f"target.command took longer than {self.timeout_s} s; raise timeout_s") from error
+            lines = ended.stdout.strip().splitlines()
+            numbers = _NUMBER.findall(lines[-1]) if lines else []
+            if ended.returncode or not numbers or float(numbers[-1]) <= 0:
+                shown = (ended.stderr or ended.stdout).strip().splitlines()[-1:] or ["nothing"]
+                raise TargetError(
+                    f"target.command ended with status {ended.returncode} and printed no positive number of "
+                    f"milliseconds in its last line: {shown[0]}"
+                )
+            return float(numbers[-1]) / 1e3
+
+        return run

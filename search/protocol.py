@@ -1,0 +1,129 @@
+"""How models are timed side by side. Needs Python alone: this file travels to the machine that measures.
+
+Rounds run every model once, in an order that is drawn anew, so that what disturbs the machine disturbs all alike, and
+the first model is the reference: ratios are those of one round. Rounds go on until the 95 % interval of every median
+ratio is narrow enough, or the time is over. Intervals are those of order statistics, which assume no distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Run = Callable[[], Any]
+
+
+def time_side_by_side(
+    runs: Sequence[Run],
+    tolerance: float = 0.01,
+    limit_s: float = 10.0,
+    warm_up_s: float = 0.3,
+    least_rounds: int = 12,
+    seed: int = 0,
+) -> list[list[float]]:
+    """Seconds of every run: ``[[seconds of a round, ...] for each of runs]``.
+
+    ``runs``: functions without arguments that return when the work is done; or that return its seconds themselves.
+    """
+    for run in runs:
+        start = time.perf_counter()
+        for count in range(1000):
+            run()
+            if count >= 2 and time.perf_counter() - start > warm_up_s:
+                break
+    repeats = [_repeats(run) for run in runs]
+    shuffled = list(range(len(runs)))
+    rng = random.Random(seed)
+    samples: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    while True:
+        rng.shuffle(shuffled)
+        for index in shuffled:
+            samples[index].append(_seconds(runs[index], repeats[index]))
+        rounds = len(samples[0])
+        if rounds < least_rounds:
+            continue
+        if time.perf_counter() - start > limit_s:
+            return samples
+        if rounds % 4 == 0 and all(_is_narrow(s, samples[0], tolerance) for s in samples):
+            return samples
+
+
+def _repeats(run: Run) -> int:
+    """Runs in a row that take a millisecond together: the clock is finer than what it is asked for."""
+    return max(1, math.ceil(1e-3 / max(min(_seconds(run, 1) for _ in range(3)), 1e-7)))
+
+
+def _seconds(run: Run, repeats: int) -> float:
+    start = time.perf_counter()
+    own = 0.0
+    for _ in range(repeats):
+        result = run()
+        own += result if isinstance(result, float) else 0.0
+    return (own or time.perf_counter() - start) / repeats
+
+
+def _is_narrow(samples: list[float], reference: list[float], tolerance: float) -> bool:
+    if samples is reference:  # its ratio to itself is 1: its own spread counts instead, less strictly
+        low, middle, high = interval(samples)
+        return high - low <= 4 * tolerance * middle
+    low, middle, high = interval([a / b for a, b in zip(samples, reference, strict=True)])
+    return high - low <= 2 * tolerance * middle
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """``(low, median, high)``: a 95 % confidence interval of the median, by order statistics."""
+    ordered = sorted(values)
+    count = len(ordered)
+    reach = 0.98 * math.sqrt(count)  # 1.96 standard deviations of a binomial of one half
+    low = max(0, math.floor((count - 1) / 2 - reach))
+    high = min(count - 1, math.ceil((count - 1) / 2 + reach))
+    return ordered[low], statistics.median(ordered), ordered[high]
+
+
+def conditions() -> dict[str, Any]:
+    """What of the machine bears on time: its name, processors, clock governor, temperature in degrees C, load."""
+    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "machine": os.uname().machine, "load": _load()}
+    governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    temperature = _read("/sys/class/thermal/thermal_zone0/temp")
+    if governor:
+        found["governor"] = governor
+    if temperature and temperature.lstrip("-").isdigit():
+        found["temperature_c"] = int(temperature) / 1000
+    return found
+
+
+def _cpu() -> str:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        if line.startswith(("model name", "Model", "Hardware")):
+            return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
+def _load() -> float | None:
+    """Processors busy with other work, from the kernel's counters over a tenth of a second."""
+    before = _busy()
+    time.sleep(0.1)
+    after = _busy()
+    return None if before is None or after is None else round((after - before) / 0.1, 2)
+
+
+def _busy() -> float | None:
+    line = (_read("/proc/stat") or "").partition("\n")[0].split()
+    if len(line) < 8 or line[0] != "cpu":
+        return None
+    ticks = [int(value) for value in line[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return None

@@ -1,0 +1,249 @@
+"""Every target that this machine can run passes the same contract; ssh is a real server on loopback."""
+
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget
+from prunefront.runners.targets import ssh as ssh_module
+from prunefront.search.measurement import Settings, measure, summary
+from prunefront.search.protocol import conditions, interval, time_side_by_side
+from prunefront.spaces.errors import TargetError
+
+QUICK = Settings(tolerance=0.2, limit_s=1.5, warm_up_s=0.02, least_rounds=4)
+TIMER = """
+import sys, time, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+arrays = numpy.load(sys.argv[2])
+feed = {value.name: arrays[f"input{index}"] for index, value in enumerate(session.get_inputs())}
+session.run(None, feed)
+start = time.perf_counter()
+for _ in range(20):
+    session.run(None, feed)
+print("mean", (time.perf_counter() - start) * 50, "ms", 1000 * (time.perf_counter() - start) / 20)
+"""
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 8, 3)
+
+    def forward(self, x, scale=None):
+        x = self.second(torch.relu(self.first(x))).mean((2, 3))
+        return x if scale is None else x * scale
+
+
+INPUTS = (torch.randn(2, 3, 32, 32),)
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory):
+    """A server on loopback with a key of its own; ``-F`` keeps the user's own configuration out."""
+    binary = shutil.which("sshd") or "/usr/sbin/sshd"
+    if not Path(binary).exists() or shutil.which("ssh") is None:
+        if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") == "1":
+            pytest.fail("openssh-server is not installed")
+        pytest.skip("openssh-server is not installed")
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
+        f"PidFile {folder}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
+        "AcceptEnv TMPDIR\n"
+    )
+    public = (folder / "host.pub").read_text().split()[:2]
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {' '.join(public)}\n")
+    (folder / "config").write_text(
+        f"Host board\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {folder}/user\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n StrictHostKeyChecking yes\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    server = subprocess.Popen([binary, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield folder
+    server.terminate()
+    server.wait()
+
+
+def board(folder: Path, *more: str, **options) -> SshTarget:
+    return SshTarget(host="board", python=sys.executable, options=["-F", str(folder / "config"), *more], **options)
+
+
+@pytest.fixture(params=["torch", "torch bfloat16", "torch channels_last", "onnxruntime", "openvino", "command", "ssh"])
+def target(request, tmp_path):
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    if request.param == "ssh":
+        return board(request.getfixturevalue("sshd"))
+    if request.param == "command":
+        (tmp_path / "timer.py").write_text(TIMER)
+        return CommandTarget([sys.executable, str(tmp_path / "timer.py"), "{model}", "{inputs}"])
+    return {
+        "torch": lambda: TorchTarget(threads=1),
+        "torch bfloat16": lambda: TorchTarget(precision="bfloat16"),
+        "torch channels_last": lambda: TorchTarget(channels_last=True),
+        "onnxruntime": lambda: OnnxTarget("onnxruntime", threads=1),
+        "openvino": lambda: OnnxTarget("openvino", threads=1),
+    }[request.param]()
+
+
+def test_every_target_tells_a_large_model_from_a_small_one(target):
+    large, small = Net(96).train(), Net(4)
+    before = {name: tensor.clone() for name, tensor in large.state_dict().items()}
+    found = measure(small, INPUTS, target, reference=large, settings=QUICK)
+    assert 0 < found.low_ms <= found.median_ms <= found.high_ms
+    assert found.ratio_low <= found.ratio <= found.ratio_high and found.ratio < 0.8 and found.differs
+    assert {"cpu", "cores", "load", "seconds"} <= set(found.conditions)
+    assert json.loads(json.dumps(found.to_json()))["runs"] == found.runs >= 4
+    assert json.dumps(dict(target.description))
+    assert large.training and large.first.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in large.state_dict().items())
+    assert large.first.weight.is_contiguous()
+
+
+def test_keyword_inputs_reach_the_exported_model_by_name():
+    inputs = {"x": INPUTS[0], "scale": torch.tensor([3.0])}
+    assert measure(Net(4), inputs, OnnxTarget(threads=1), settings=QUICK).median_ms > 0
+
+
+def test_a_model_without_a_reference_is_its_own():
+    found = measure([Net(8), Net(64)], INPUTS, TorchTarget(threads=1), settings=QUICK)
+    assert found[0].ratio == 1 and found[1].ratio > 1
+
+
+def test_time_side_by_side_stops_in_time_and_pairs_rounds():
+    start = time.perf_counter()
+    samples = time_side_by_side([lambda: 0.1, lambda: 0.2], limit_s=60)
+    assert time.perf_counter() - start < 5 and len(samples[0]) == len(samples[1]) == 12
+    assert {tuple(values) for values in samples} == {(0.1,) * 12, (0.2,) * 12}
+    noisy = iter(range(1, 10**6))
+    start = time.perf_counter()
+    time_side_by_side([lambda: float(next(noisy) % 7 + 1)], tolerance=1e-6, limit_s=0.2, warm_up_s=0)
+    assert time.perf_counter() - start < 1
+
+
+def test_intervals_hold_the_median_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.distributions.LogNormal(0.0, 1.0)
+    torch.manual_seed(0)
+    covered = [low <= 1.0 <= high for low, _, high in (interval(draws.sample((25,)).tolist()) for _ in range(400))]
+    assert 0.92 <= sum(covered) / len(covered) <= 1.0 and generator
+
+
+def test_doubts_are_told():
+    quiet, busy = {"load": 0.0}, {"load": 1.2}
+    same = [1.0, 1.1, 0.9, 1.05, 0.95] * 4
+    shifted = same[::-1]
+    assert "inside the noise" in summary(shifted, same, quiet).warnings[0]
+    assert "quiet machine" in summary([2.0] * 20, same, busy).warnings[0]
+    assert not summary([2.0] * 20, same, quiet).warnings and summary([2.0] * 20, same, quiet).differs
+    assert summary(same * 4, same * 4, quiet).p90_ms and summary(same, same, quiet).p90_ms is None
+    assert conditions()["cores"]
+
+
+class Unexportable(nn.Module):
+    def forward(self, x):
+        return x * float(x.sum().item() > 0 and x.abs().max().item())
+
+
+def test_what_a_target_cannot_do_is_told_with_what_to_do(tmp_path):
+    with pytest.raises(TargetError, match="cannot be exported"):
+        measure(Unexportable(), INPUTS, OnnxTarget(), settings=QUICK)
+    with pytest.raises(TargetError, match="unknown runtime"):
+        OnnxTarget("onnxrunntime")
+    with pytest.raises(TargetError, match="not in bfloat16"):
+        OnnxTarget(precision="bfloat16")
+    with pytest.raises(TargetError, match="unknown precision"):
+        TorchTarget(precision="int3")
+    if not torch.cuda.is_available():
+        with pytest.raises(TargetError, match="no CUDA device"):
+            TorchTarget(device="cuda")
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        with pytest.raises(TargetError, match="needs the runtime"):
+            measure(Net(4), INPUTS, OnnxTarget("tensorrt"), settings=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ([sys.executable, "-c", "print('fast')", "{model}"], "printed no positive number"),
+        ([sys.executable, "-c", "raise SystemExit('broken')", "{model}"], "status 1.*broken"),
+        ([sys.executable, "-c", "import time; time.sleep(60)", "{model}"], "longer than"),
+        (["no-such-program", "{model}"], "cannot be started"),
+    ],
+)
+def test_commands_that_fail_are_told(command, expected):
+    with pytest.raises(TargetError, match=expected):
+        measure(Net(4), INPUTS, CommandTarget(command, timeout_s=2), settings=QUICK)
+
+
+def test_a_command_needs_the_model():
+    with pytest.raises(TargetError, match=r"\{model\}"):
+        CommandTarget(["benchmark"])
+
+
+def test_ssh_leaves_nothing_behind_and_tells_what_is_missing(sshd, tmp_path):
+    there = ["-o", f"SetEnv=TMPDIR={tmp_path}"]
+    with pytest.raises(TargetError, match=r"No module named.*install it there"):
+        measure(Net(4), INPUTS, board(sshd, *there, runtime="tensorrt"), settings=QUICK)
+    assert measure(Net(4), INPUTS, board(sshd, *there), settings=QUICK).conditions["host"] == "board"
+    assert not list(tmp_path.glob("tmp*"))  # the folder of mktemp
+
+
+def test_ssh_refuses_wrong_host_keys_and_unreachable_hosts(sshd, monkeypatch):
+    known = (sshd / "known").read_text()
+    try:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", sshd / "other"], check=True)
+        other = (sshd / "other.pub").read_text().split()[:2]
+        (sshd / "known").write_text(f"{known.split()[0]} {' '.join(other)}\n")
+        with pytest.raises(TargetError, match="verification failed"):
+            measure(Net(4), INPUTS, board(sshd), settings=QUICK)
+    finally:
+        (sshd / "known").write_text(known)
+    with pytest.raises(TargetError, match=r"ssh nowhere\.invalid"):
+        measure(Net(4), INPUTS, SshTarget(host="nowhere.invalid", connect_timeout_s=2), settings=QUICK)
+    with pytest.raises(TargetError, match="must be a host"):
+        SshTarget(host="-oProxyCommand=true")
+
+
+def test_a_cut_connection_is_tried_again_and_then_reported(sshd, monkeypatch):
+    attempts = []
+    real = ssh_module.subprocess.run
+
+    def cut(command, **options):
+        attempts.append(command)
+        return real(["ssh", *command[1:-1], "kill -9 $PPID; sleep 5"], **options)  # the server's own process
+
+    monkeypatch.setattr(ssh_module.subprocess, "run", cut)
+    with pytest.raises(TargetError, match="ssh board fails"):
+        measure(Net(4), INPUTS, board(sshd), settings=QUICK)
+    assert len(attempts) == ssh_module.ATTEMPTS
+    attempts.clear()
+
+    def cut_once(command, **options):
+        return cut(command, **options) if not attempts else real(command, **options)
+
+    monkeypatch.setattr(ssh_module.subprocess, "run", cut_once)
+    assert measure(Net(4), INPUTS, board(sshd), settings=QUICK).median_ms > 0 and len(attempts) == 1

@@ -1,0 +1,178 @@
+"""Latency models and budgets, on targets whose times are computed: what is right is known."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prunefront
+from prunefront.search.latency import LatencyModel, Measured, spread_plans
+from prunefront.search.timing import Timing
+from prunefront.spaces.errors import BudgetError, ConfigError, SearchError, TargetError
+
+INPUTS = torch.randn(1, 3, 12, 12)
+DATA = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    widths = (3, 16, 24, 32, 16)
+    convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
+    layers = [part for convolution in convolutions for part in (convolution, nn.ReLU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 144, 4)).eval()
+
+
+class ComputedTarget:
+    """Every layer takes its own time a MAC, in steps of two outputs, and some time whatever its width."""
+
+    def __init__(self, noise: float = 0.0, fails_below: int = 0) -> None:
+        self.noise, self.fails_below, self.measured = noise, fails_below, 0
+        self.description = {"target": "computed", "noise": noise}
+        self.rng = np.random.default_rng(0)
+
+    def seconds(self, model: nn.Module) -> float:
+        total = 1e-3
+        for number, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            if layer.out_channels < self.fails_below:
+                raise TargetError(f"kernels of width {layer.out_channels} hang")
+            total += (1 + number) * 2e-8 * 1296 * layer.in_channels * (2 * np.ceil(layer.out_channels / 2))
+        return float(total)
+
+    def times(self, models, inputs, settings):
+        self.measured += len(models)
+        drawn = 1 + self.noise * self.rng.standard_normal((len(models), 15))
+        return [(self.seconds(m) * row).tolist() for m, row in zip(models, drawn, strict=True)], {"load": 0.0}
+
+
+@pytest.fixture(scope="module")
+def space() -> prunefront.Space:
+    return prunefront.discover(make_model(), INPUTS)
+
+
+def test_predictions_are_near_on_plans_that_were_not_measured(space):
+    target = ComputedTarget()
+    model = Timing(target, error=0.0, most=48).model(space, prunefront_inputs())
+    widths = spread_plans(space, 64, seed=5)
+    plans = [space.plan(dict(zip(space.dimensions, row.tolist(), strict=True))) for row in widths]
+    truth = np.array([target.seconds(space.slice(plan)) for plan in plans]) / target.seconds(make_model())
+    predicted = model.ratios(widths)
+    by_macs = space.cost_batch(widths)[:, 0] / space.dense_cost.macs
+    error, plain = (float(np.abs(found / truth - 1).mean()) for found in (predicted, by_macs))
+    assert error < 0.05 and error < plain / 2
+    assert model.error == pytest.approx(error, abs=0.03) and model.tau > 0.9
+    assert model.dense_ms == pytest.approx(1e3 * target.seconds(make_model()))
+
+
+def prunefront_inputs():
+    from prunefront.spaces.inputs import Inputs
+
+    return Inputs.of(INPUTS)
+
+
+def test_plans_fill_the_space(space):
+    widths = spread_plans(space, 64, seed=0)
+    assert len({tuple(row) for row in widths.tolist()}) > 60
+    shares = widths / space.sizes
+    assert (shares.min(0) < 0.3).all() and (shares.max(0) > 0.9).all()
+
+
+def test_measuring_stops_when_the_error_is_small_and_is_never_done_twice(space, tmp_path):
+    target = ComputedTarget()
+    timing = Timing(target, error=0.5, cache=tmp_path / "cache")
+    first = timing.model(space, prunefront_inputs())
+    assert len(first.measured) == 16 and target.measured == 16 + 4  # the dense model with every four
+    again = timing.model(space, prunefront_inputs())
+    assert target.measured == 20 and again.measured == first.measured and again.dense_ms == first.dense_ms
+    assert len(timing.model(space, prunefront_inputs(), refresh=True).measured) == 16 and target.measured == 40
+    more = Timing(target, error=0.0, most=24, cache=tmp_path / "cache").model(space, prunefront_inputs())
+    assert len(more.measured) == 24 and target.measured == 40 + 8 + 2
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(json.dumps({"measured": [[[1, 2], 0.5]], "dense_ms": 1}))
+    assert len(timing.model(space, prunefront_inputs()).measured) == 16
+
+
+def test_a_plan_on_which_the_target_fails_is_left_out(space, caplog):
+    target = ComputedTarget(fails_below=4)
+    model = Timing(target, error=0.0, most=32).model(space, prunefront_inputs())
+    assert 8 <= len(model.measured) < 32 and "hang" in caplog.text
+    with pytest.raises(TargetError, match="hang"):
+        Timing(ComputedTarget(fails_below=99)).model(space, prunefront_inputs())
+
+
+def test_a_model_needs_measured_plans(space):
+    with pytest.raises(prunefront.PrunefrontError, match="at least 8"):
+        LatencyModel(space, [Measured((1, 1, 1, 1), 0.5)], 1.0)
+
+
+def fidelity(dense: nn.Module):
+    def score(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((model(DATA) - dense(DATA)).abs().mean())
+
+    return score
+
+
+def search(tmp_path, target, budget, **options):
+    model = make_model()
+    settings = {"score": fidelity(model), "n_trials": 8, "sampler": "random", "run_dir": tmp_path, **options}
+    return prunefront.search(model, INPUTS, budget=budget, timing=Timing(target, most=48, error=0.02), **settings)
+
+
+@pytest.mark.parametrize("budget", ["60%", "4ms", "4000 us", "0.004s"])
+def test_the_front_is_measured_and_holds_the_budget(tmp_path, budget):
+    target = ComputedTarget(noise=0.002)
+    result = search(tmp_path, target, {"latency": budget})
+    dense_ms = 1e3 * target.seconds(make_model())
+    limit = 0.6 * dense_ms if budget == "60%" else 4.0
+    assert result.objective == "latency_ms"
+    for entry in result.front:
+        metrics = entry.metrics
+        assert metrics["latency_ratio_high"] * dense_ms <= limit * 1.01
+        assert metrics["latency_predicted_ms"] == pytest.approx(metrics["latency_ms"], rel=0.2)
+        assert 1e3 * target.seconds(entry.model()) == pytest.approx(metrics["latency_ms"], rel=0.01)
+    assert result.best.metrics["latency_ms"] > 0.8 * limit
+    trials = [t.user_attrs["costs"]["latency_ms"] for t in result.study.trials]
+    assert max(trials) <= limit * 1.01
+    described = json.loads((tmp_path / "result.json").read_text())
+    assert described["dense_latency_ms"] == pytest.approx(dense_ms, rel=0.01)
+
+
+def test_latency_goes_with_other_budgets_and_with_a_front(tmp_path):
+    result = search(tmp_path / "a", ComputedTarget(), {"macs": "70%", "latency": "50%"})
+    assert result.objective == "macs" and all(e.metrics["latency_ratio"] <= 0.5 for e in result.front)
+    result = search(tmp_path / "b", ComputedTarget(), {"latency": "90%"}, mode="front", n_trials=20)
+    latencies = [entry.metrics["latency_ms"] for entry in result.front]
+    assert latencies == sorted(latencies) and result.objective == "latency_ms"
+
+
+def test_a_front_is_measured_for_any_budget(tmp_path):
+    result = search(tmp_path, ComputedTarget(), {"macs": "50%"})
+    assert all("latency_ms" in e.metrics and "latency_predicted_ms" not in e.metrics for e in result.front)
+
+
+class LyingTarget(ComputedTarget):
+    """Single measurements, as those of the front are, come out far slower."""
+
+    def times(self, models, inputs, settings):
+        samples, conditions = super().times(models, inputs, settings)
+        if len(models) == 2:
+            samples[1] = [2 * value for value in samples[1]]
+        return samples, conditions
+
+
+def test_members_that_miss_the_budget_are_replaced_and_in_the_end_told(tmp_path):
+    with pytest.raises(SearchError, match="holds the latency budget when it is measured"):
+        search(tmp_path, LyingTarget(), {"latency": "60%"})
+
+
+def test_impossible_and_unreadable_budgets(tmp_path):
+    with pytest.raises(BudgetError, match="smallest candidate in this space takes"):
+        search(tmp_path, ComputedTarget(), {"latency": "1%"})
+    for bad in ("5", "5furlongs", "fast", "-3ms", "0ms"):
+        with pytest.raises(BudgetError):
+            search(tmp_path, ComputedTarget(), {"latency": bad})
+    with pytest.raises(ConfigError, match="needs timing="):
+        prunefront.search(make_model(), INPUTS, score=lambda m: 0.0, budget={"latency": "5ms"}, run_dir=tmp_path)
