@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .consumers import Call, Watcher, batch_norm_arguments, sampled
+from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, sampled
 from .errors import CalibrationError
 from .groups import Structure
 from .inputs import Inputs
@@ -83,35 +83,67 @@ def exactly(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-@dataclass
 class Moments:
-    """Of what a consumer multiplies: ``gram (columns + 1, columns + 1)``, float64, the last column is of ones.
+    """First and second moments of what a consumer multiplies.
 
-    ``by_channel``: a column is a channel, not an element of a window; ``gram`` is then that of single input vectors.
-    Without ``gram`` only its ``diagonal`` and last column, the ``sums``, are known, by channel.
+    A column is an element of the consumer's window, or ``by_channel`` an input channel. Without ``whole`` means and
+    mean squares alone are kept. Sums are taken about the mean of the first vectors: far from zero, the spread of nearly
+    constant columns would be lost in the rounding of their squares.
     """
 
-    in_dim: int
-    out_dim: int
-    by_channel: bool
-    #: The parameter or buffer that takes up a constant: a bias (added), the running mean of a BatchNorm (subtracted).
-    shift: tuple[str, int] | None
-    gram: torch.Tensor | None
-    diagonal: torch.Tensor
-    sums: torch.Tensor
-    samples: int = 0
+    def __init__(
+        self, in_dim: int, out_dim: int, columns: int, by_channel: bool, whole: bool, shift: tuple[str, int] | None
+    ) -> None:
+        self.in_dim, self.out_dim, self.columns, self.by_channel = in_dim, out_dim, columns, by_channel
+        #: The parameter or buffer that takes up a constant: a bias (added), a BatchNorm's running mean (subtracted).
+        self.shift = shift
+        self.is_whole = whole
+        self.samples = 0
+        self._origin: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
+        """Take in vectors ``(n, columns)``."""
         rows = rows.detach().float()
+        if self._origin is None:
+            self._origin = rows.mean(0)
+            shape = (self.columns, self.columns) if self.is_whole else (self.columns,)
+            self._squares = rows.new_zeros(shape, dtype=torch.float64)
+            self._sums = rows.new_zeros(self.columns, dtype=torch.float64)
+        rows = rows - self._origin
         self.samples += len(rows)
-        self.sums += rows.sum(0, dtype=torch.float64)
-        if self.gram is None:
-            self.diagonal += rows.square().sum(0, dtype=torch.float64)
-        else:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            with exactly(rows):
-                self.gram += (rows.T @ rows).double()
-            self.diagonal = self.gram.diagonal()[:-1]
+        self._sums += rows.sum(0, dtype=torch.float64)
+        with exactly(rows):
+            self._squares += ((rows.T @ rows) if self.is_whole else rows.square().sum(0)).double()
+
+    def drop(self) -> None:
+        """Keep means and mean squares only, and no place for a constant."""
+        if self.is_whole:
+            self._squares, self.is_whole = self._squares.diagonal().clone(), False
+        self.shift = None
+
+    @property
+    def bytes(self) -> int:
+        return 8 * self.columns**2 if self.is_whole else 0
+
+    @property
+    def means(self) -> torch.Tensor:
+        """``(columns,)``, float64."""
+        assert self._origin is not None
+        return self._origin.double() + self._sums / self.samples
+
+    @property
+    def mean_squares(self) -> torch.Tensor:
+        """``(columns,)``, float64."""
+        squares = self._squares.diagonal() if self.is_whole else self._squares
+        return squares / self.samples - (self._sums / self.samples).square() + self.means.square()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """``(columns, columns)``, float64. Raises ValueError where only means are kept."""
+        if not self.is_whole:
+            raise ValueError("only means and mean squares were kept")
+        offsets = self._sums / self.samples
+        return self._squares / self.samples - torch.outer(offsets, offsets)
 
 
 @dataclass
@@ -123,7 +155,7 @@ class Statistics:
 
     @property
     def bytes(self) -> int:
-        return sum(8 * m.gram.numel() for m in self.moments.values() if m.gram is not None)
+        return sum(moments.bytes for moments in self.moments.values())
 
 
 def collect(model: nn.Module, structure: Structure, calibration: Calibration, seed: int = 0) -> Statistics:
@@ -134,6 +166,9 @@ def collect(model: nn.Module, structure: Structure, calibration: Calibration, se
     with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
         for inputs in calibration:
             inputs.call(model)
+    for name in watcher.embedded & statistics.moments.keys():
+        statistics.moments[name].drop()
+        statistics.notes[name] = "tied to an embedding, which a fit would change: left as it is"
     for name, note in statistics.notes.items():
         logger.info("%s: %s", name, note)
     return statistics
@@ -150,13 +185,14 @@ class _Collector(Watcher):
         self.structure, self.statistics, self.batches = structure, statistics, batches
         self.state_names = {id(tensor): name for name, tensor in tensors_of(model).items()}
         self.last: tuple[str, Any] = ("", None)
+        self.embedded: set[str] = set()
         self.generator = torch.Generator().manual_seed(seed)
 
     def consumer(self, call: Call) -> Any:
         if not is_prunable(self.structure, call.parameter, call.in_dim):
             return call.run()
         moments = self.statistics.moments.get(call.parameter) or self._new(call)
-        count = max(ROWS, ROWS_A_COLUMN * len(moments.sums)) // self.batches + 1
+        count = max(ROWS, ROWS_A_COLUMN * moments.columns) // self.batches + 1
         if moments.by_channel:
             places = sampled(call.x.numel() // call.x.shape[1], count, self.generator)
             moments.add(call.channel_rows(places.to(call.x.device)))
@@ -168,6 +204,8 @@ class _Collector(Watcher):
 
     def other(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         parameter, output = self.last
+        if (table := embedding_weight(func, args, kwargs)) is not None and id(table) in self.state_names:
+            self.embedded.add(self.state_names[id(table)])
         norm = batch_norm_arguments(func, args, kwargs)
         if norm is not None and norm["input"] is output and self.statistics.moments[parameter].shift is None:
             self.statistics.moments[parameter].shift = (self.state_names[id(norm["running_mean"])], -1)
@@ -178,19 +216,16 @@ class _Collector(Watcher):
         columns = call.weight.numel() // call.weight.shape[call.out_dim]
         by_channel = call.window is not None and columns > MAX_COLUMNS
         size = channels if by_channel else columns
-        whole = self.statistics.bytes + 8 * (size + 1) ** 2 <= MAX_BYTES
+        whole = self.statistics.bytes + 8 * size**2 <= MAX_BYTES
         if not whole:
             by_channel = call.window is not None
             size = channels
             self.statistics.notes[call.parameter] = f"no memory for the moments of {columns} columns: means alone"
         elif by_channel:
             self.statistics.notes[call.parameter] = f"{columns} columns: fitted by channel"
-        device = call.x.device
         bias = None if call.bias is None else self.state_names.get(id(call.bias))
-        gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device) if whole else None
-        zeros = torch.zeros(size, dtype=torch.float64, device=device)
         shift = None if bias is None else (bias, 1)
-        moments = Moments(call.in_dim, call.out_dim, by_channel, shift, gram, zeros, zeros.clone())
+        moments = Moments(call.in_dim, call.out_dim, size, by_channel, whole, shift)
         self.statistics.moments[call.parameter] = moments
         return moments
 

@@ -137,6 +137,14 @@ def find_call(func: Any, args: Any, kwargs: Mapping[str, Any], names: Mapping[in
     return Call(names[id(weight)], x, weight, bias, *dims, window, run)
 
 
+def embedding_weight(func: Any, args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The table that ``func`` looks rows up in; one that is a consumer too, tied to the last layer, is not fitted."""
+    if func is not F.embedding:
+        return None
+    weight: torch.Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
+    return weight
+
+
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
@@ -178,10 +186,11 @@ class Watcher(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, renamed: Callable[[str], str] = str) -> None:
         super().__init__()
-        self._names = {id(parameter): renamed(name) for name, parameter in model.named_parameters()}
+        #: Names of parameters, by ``id``.
+        self.names = {id(parameter): renamed(name) for name, parameter in model.named_parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = find_call(func, args, kwargs or {}, self._names)
+        call = find_call(func, args, kwargs or {}, self.names)
         return self.other(func, args, kwargs or {}) if call is None else self.consumer(call)
 
     def consumer(self, call: Call) -> Any:

@@ -25,8 +25,8 @@ from .consumers import matrix, tensor_like
 from .groups import Kept, Structure
 from .surgery import kept_elements, tensors_of
 
-#: Relative to the mean of the diagonal of the covariance.
-RIDGE = 1e-3
+#: The least ridge, and how it grows with the columns a sample: a fit to few samples must not follow their noise.
+RIDGE, RIDGE_A_SAMPLE = 1e-3, 0.1
 
 #: For every group the place of each unit in an order of importance.
 Ranks = Sequence[NDArray[np.integer]]
@@ -74,9 +74,9 @@ class ConsumerFits:
         weight = self._tensors[name].detach()
         inputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.in_dim)).to(weight.device)
         outputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.out_dim)).to(weight.device)
-        columns = _columns(inputs, weight.shape[moments.in_dim], len(moments.sums))
+        columns = _columns(inputs, weight.shape[moments.in_dim], moments.columns)
         repaired = {}
-        if not (self.weights and moments.gram is not None):
+        if not (self.weights and moments.is_whole):
             dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
             fitted = dense[:, columns]
         elif len(groups) == 1 and ranks is not None:
@@ -85,12 +85,12 @@ class ConsumerFits:
         else:
             dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
             fitted = plain_fit(dense, columns, covariance(moments))
-        if self.weights and moments.gram is not None:
+        if self.weights and moments.is_whole:
             repaired[name] = _as_tensor(fitted, weight, moments, len(outputs)).to(weight.dtype)
         if moments.shift is not None:
             if dense is None:
                 dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
-            means = (moments.sums / moments.samples).float()
+            means = moments.means.float()
             change = (dense.float() @ means - fitted.float() @ means[columns]).view(len(outputs), -1).sum(1)
             target, sign = moments.shift
             held = self._tensors[target].detach()[outputs]
@@ -120,9 +120,9 @@ class ConsumerFits:
                 values[...] = rank.reshape([-1 if f == group else 1 for f in term])
             ranks.append(values.reshape(-1))
         elements = torch.from_numpy(np.concatenate(ranks))
-        kernel = len(moments.sums) // len(elements)
+        kernel = moments.columns // len(elements)
         order = torch.argsort(elements.repeat_interleave(kernel), stable=True)
-        return order.to(moments.sums.device)
+        return order.to(moments.means.device)
 
 
 def factor_fit(factor: Factor, columns: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -163,15 +163,16 @@ def _as_tensor(values: torch.Tensor, weight: torch.Tensor, moments: Moments, out
     return tensor_like(values, weight, moments.in_dim, moments.out_dim).contiguous()
 
 
+def ridge(columns: int, samples: int) -> float:
+    """The ridge relative to the mean of the diagonal of the second moments."""
+    return max(RIDGE, RIDGE_A_SAMPLE * columns / samples)
+
+
 def covariance(moments: Moments) -> torch.Tensor:
-    """With the ridge, ``(columns, columns)``. Centred where a constant is taken up elsewhere."""
-    assert moments.gram is not None
-    gram = moments.gram[:-1, :-1] / moments.samples
-    if moments.shift is not None:
-        means = moments.gram[:-1, -1] / moments.samples
-        # Batches are summed in single precision: of constant inputs nothing but rounding errors is left.
-        rounding = torch.finfo(torch.float32).eps * gram.diagonal().sum()
-        gram = gram - torch.outer(means, means)
-        gram.diagonal().add_(rounding)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    """With the ridge, ``(columns, columns)``. About zero where no constant is taken up elsewhere."""
+    gram = moments.covariance
+    if moments.shift is None:
+        gram = gram + torch.outer(moments.means, moments.means)
+    share = ridge(moments.columns, moments.samples)
+    gram.diagonal().add_(share * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
     return gram

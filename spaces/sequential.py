@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calibration import Calibration, exactly
-from .consumers import Call, Watcher, batch_norm_arguments, matrix, sampled, tensor_like
+from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, matrix, sampled, tensor_like
 from .groups import Kept, Structure
 from .inputs import Inputs
-from .least_squares import RIDGE
+from .least_squares import ridge
 from .surgery import kept_elements, row_factors
 from .trace import evaluating
 
@@ -149,13 +149,20 @@ class _Recorder(_Follower):
     def consumer(self, call: Call) -> Any:
         output = call.run()
         if call.parameter in self.seen:
-            self.targets.pop(call.parameter, None)  # called twice: no one fit serves both
+            self.targets.pop(call.parameter, None)  # used twice: no one fit serves both
         elif call.parameter in self.structure.tensors:
             positions = sampled(call.count(), self.rows, self.generator).to(output.device)
             self.targets[call.parameter] = Target(positions, call.outputs(output, positions))
             self.follow(output, call)
         self.seen.add(call.parameter)
         return output
+
+    def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        table = embedding_weight(func, args, kwargs)
+        if table is not None and id(table) in self.names:
+            self.targets.pop(self.names[id(table)], None)
+            self.seen.add(self.names[id(table)])
+        return func(*args, **kwargs)
 
     def passed(self, parameter: str, func: Any) -> None:
         if func is F.batch_norm and parameter in self.targets:
@@ -192,9 +199,9 @@ class _Fit:
     def gram(self) -> tuple[torch.Tensor, float]:
         """The Cholesky factor of the second moments with a ridge, in double precision, and the ridge."""
         gram = (self.spread.T @ self.spread).double()
-        ridge = RIDGE * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-        gram.diagonal().add_(ridge)
-        return torch.linalg.cholesky(gram), ridge
+        added = ridge(len(gram), len(self.spread)) * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+        gram.diagonal().add_(added)
+        return torch.linalg.cholesky(gram), added
 
     def solve(self) -> None:
         """Set the weight and the bias for which the outputs are nearest to the dense ones."""
@@ -217,10 +224,10 @@ class _Fit:
         return outputs if self.factors is None else outputs * self.factors
 
     def _apply(self, residual: torch.Tensor) -> None:
-        call, (cholesky, ridge) = self.call, self.gram
+        call, (cholesky, added) = self.call, self.gram
         moment = (self.spread.T @ residual).double() + self.moment  # centred rows need no centred residual
         change = torch.cholesky_solve(moment, cholesky)
-        self.moment = ridge * change  # what of the moment is left
+        self.moment = added * change  # what of the moment is left
         difference = change.float().T
         weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float() + difference
         call.weight.data.copy_(tensor_like(weight, call.weight, call.in_dim, call.out_dim))
@@ -269,7 +276,10 @@ class _Refitter(_Follower):
         fit = made.fit
         if fit is None or fit.target.others is None:
             return func(left, right)
-        missing = fit.target.others[:, fit.chosen].float() - made.call.outputs(other, fit.target.positions).float()
+        dense = fit.target.others[:, fit.chosen].float()
+        missing = dense - made.call.outputs(other, fit.target.positions).float()
+        if not missing.square().sum() <= dense.square().sum():
+            return func(left, right)  # the stream has nothing left of the dense one: this layer cannot bring it back
         if fit.target.gain is not None:
             gain = fit.target.gain[fit.chosen]
             alive = gain.abs() > 1e-3 * gain.abs().max()

@@ -52,7 +52,7 @@ def _of_consumer(evidence: Evidence, name: str, index: int) -> Scores:
     norms = as_matrix(weight, moments).double().square().sum(0)
     places = positions(evidence.structure, name, moments.in_dim, index)
     places = columns(places, len(norms) // weight.shape[moments.in_dim])
-    scores: Scores = by_unit(norms * moments.diagonal / moments.samples, places).cpu().numpy()
+    scores: Scores = by_unit(norms * moments.mean_squares, places).cpu().numpy()
     return scores / max(scores.mean(), 1e-30)
 
 

@@ -89,7 +89,7 @@ def _of_group(evidence: Evidence, index: int) -> Scores:
     if group.blocks:
         return np.array([_of_block(evidence, group, unit) for unit in range(group.size)])
     moments = {name: evidence.statistics.moments[name] for name in consumers_of(evidence, index)}
-    problems = [_problem(evidence, name, m, index) for name, m in moments.items() if m.gram is not None]
+    problems = [_problem(evidence, name, m, index) for name, m in moments.items() if m.is_whole]
     if not problems:
         logger.info("%s: there are no moments of its units: scored by the criterion 'activation'", group.name)
         return activation_of(evidence, index)
@@ -142,9 +142,6 @@ def _remove(problems: list[Problem], gone: torch.Tensor, units: torch.Tensor) ->
 def _problem(evidence: Evidence, name: str, moments: Moments, index: int) -> Problem:
     weight = evidence.model.get_parameter(name).detach()
     dense, among = as_matrix(weight, moments).double(), covariance(moments)
-    # Moments are summed in single precision: of constant inputs nothing but rounding errors is left when centred.
-    rounding = torch.finfo(torch.float32).eps * moments.diagonal.sum() / moments.samples
-    among.diagonal().add_(rounding)
     places = positions(evidence.structure, name, moments.in_dim, index)
     places = columns(places, dense.shape[1] // weight.shape[moments.in_dim]).to(dense.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
