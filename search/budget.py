@@ -32,7 +32,9 @@ class Limits:
 
     def excess(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Largest share by which each row of ``costs`` (plans, 4 or 5) is above its limits; feasible when <= 0."""
-        shares: NDArray[np.float64] = (costs / np.array(self.values[: costs.shape[1]]) - 1).max(axis=1)
+        limits = np.array(self.values[: costs.shape[1]])
+        limited = np.isfinite(limits)
+        shares: NDArray[np.float64] = (costs[:, limited] / limits[limited] - 1).max(axis=1, initial=-1.0)
         return shares
 
     def holds(self, costs: Sequence[float]) -> bool:

@@ -31,6 +31,10 @@ NORM_SAMPLES = 512
 MAX_COLUMNS = 1152
 #: All second moments together take at most this.
 MAX_BYTES = 4 * 2**30
+#: Why a consumer is not fitted in full.
+NO_MEMORY = f"no room for second moments within {MAX_BYTES / 2**30:.0f} GiB: only means are repaired"
+BY_CHANNEL = f"more than {MAX_COLUMNS} columns: fitted by channel"
+TIED = "tied to an embedding, which a fit would change: left as it is"
 #: Vectors drawn a consumer, in all and at least a column.
 ROWS, ROWS_A_COLUMN = 8192, 8
 
@@ -168,10 +172,19 @@ def collect(model: nn.Module, structure: Structure, calibration: Calibration, se
             inputs.call(model)
     for name in watcher.embedded & statistics.moments.keys():
         statistics.moments[name].drop()
-        statistics.notes[name] = "tied to an embedding, which a fit would change: left as it is"
-    for name, note in statistics.notes.items():
-        logger.info("%s: %s", name, note)
+        statistics.notes[name] = TIED
+    _report(statistics)
     return statistics
+
+
+def _report(statistics: Statistics) -> None:
+    """Tell the memory, and what was left out of it: one line a reason."""
+    logger.info("moments of %d consumers take %.0f MB", len(statistics.moments), statistics.bytes / 1e6)
+    for reason in dict.fromkeys(statistics.notes.values()):
+        names = [name for name, note in statistics.notes.items() if note == reason]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        level = logging.WARNING if reason == NO_MEMORY else logging.INFO
+        logger.log(level, "%s%s: %s", ", ".join(names[:2]), more, reason)
 
 
 def is_prunable(structure: Structure, parameter: str, dim: int) -> bool:
@@ -220,9 +233,9 @@ class _Collector(Watcher):
         if not whole:
             by_channel = call.window is not None
             size = channels
-            self.statistics.notes[call.parameter] = f"no memory for the moments of {columns} columns: means alone"
+            self.statistics.notes[call.parameter] = NO_MEMORY
         elif by_channel:
-            self.statistics.notes[call.parameter] = f"{columns} columns: fitted by channel"
+            self.statistics.notes[call.parameter] = BY_CHANNEL
         bias = None if call.bias is None else self.state_names.get(id(call.bias))
         shift = None if bias is None else (bias, 1)
         moments = Moments(call.in_dim, call.out_dim, size, by_channel, whole, shift)

@@ -132,9 +132,14 @@ def is_plain(cls: type) -> bool:
     """Whether Python copies modules of the class by their attributes alone, so that it can be done here."""
     bases = [base for base in cls.__mro__ if base not in (nn.Module, object)]
     own = {name for base in bases for name, value in vars(base).items() if name != "__slots__" or value}
-    # Those of torch itself only add attributes that models saved by older versions lack.
-    restored_by_torch = getattr(cls, "__setstate__", object).__module__.startswith("torch.nn.modules.")
-    return restored_by_torch and own.isdisjoint(_COPYING) and cls not in copyreg.dispatch_table
+    # Those of torch itself only add attributes that models saved by older versions lack. Looked for by class, since
+    # torch.compile puts a function of its own into nn.Module.
+    restoring = next((base for base in cls.__mro__ if "__setstate__" in vars(base)), object)
+    return (
+        restoring.__module__.startswith("torch.nn.modules.")
+        and own.isdisjoint(_COPYING)
+        and cls not in copyreg.dispatch_table
+    )
 
 
 def _detach_activations(value: Any, memo: dict[int, Any]) -> None:

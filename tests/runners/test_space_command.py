@@ -159,7 +159,7 @@ def test_json_says_everything_about_the_space(show):
     told = json.loads(show(*LLAMA, "--json"))
     model = llama()
     space = prunefront.discover(model, tokens())
-    assert told["dimensions"] == list(space.dimensions) and set(told["seconds"]) == {"trace", "proof"}
+    assert told["dimensions"] == list(space.dimensions) and set(told["seconds"]) == {"trace", "proof", "criteria"}
     assert [(g["name"], g["kind"], g["size"], g["exact"]) for g in told["groups"]] == [
         (g.name, g.kind, g.size, g.exact) for g in space.groups
     ]

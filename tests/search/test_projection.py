@@ -38,7 +38,7 @@ def test_projected_plans_hold_the_budget_and_cannot_grow(space, budget):
         widths = project_widths(space, limits, np.exp(generator.normal(size=len(space.groups))))
         cost = space.cost(space.plan(dict(zip([g.name for g in space.groups], map(int, widths), strict=True))))
         found = np.array([cost.macs, cost.params, cost.memory_bytes, cost.size_bytes])
-        assert (found <= np.array(limits.values)).all()
+        assert (found <= np.array(limits.values[:4])).all()
         assert all(
             w == g.size or w % min(space.options.round_to, g.size) == 0
             for w, g in zip(widths, space.groups, strict=True)
@@ -47,7 +47,7 @@ def test_projected_plans_hold_the_budget_and_cannot_grow(space, budget):
             larger = widths.copy()
             larger[position] = space.next_widths(widths)[position]
             if larger[position] > widths[position]:
-                assert (space.cost_batch(larger[None])[0] > np.array(limits.values)).any()
+                assert (space.cost_batch(larger[None])[0] > np.array(limits.values[:4])).any()
 
 
 def test_an_impossible_budget_names_the_smallest_reachable_cost(space):

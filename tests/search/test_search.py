@@ -170,7 +170,7 @@ def test_the_search_chooses_among_several_criteria(tmp_path):
     assert plan.fingerprint == best.user_attrs["plan"]["fingerprint"] == result.best.plan.fingerprint
     model = prunefront.load(tmp_path)
     assert fidelity(model) == pytest.approx(result.best.metrics["score"], rel=1e-4)
-    with pytest.raises(SearchError, match="has compensation sequential, not bn"):
+    with pytest.raises(SearchError, match="has compensation 'sequential', not 'bn'"):
         run(tmp_path, criterion=["l1", "reconstruction"], compensation="bn")
 
 

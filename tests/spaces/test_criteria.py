@@ -15,7 +15,7 @@ from prunefront.spaces.criteria import CRITERIA, Evidence, unit_scores
 from prunefront.spaces.criteria.sensitivity import sensitivity
 from prunefront.spaces.errors import CalibrationError, ConfigError
 from prunefront.spaces.groups import KINDS
-from prunefront.spaces.least_squares import RIDGE
+from prunefront.spaces.least_squares import ridge
 from prunefront.spaces.surgery import elements, mask_model
 from tests.models import build, spread
 
@@ -334,8 +334,9 @@ def greedy(columns, weight, units, width):
     """Order of removal, with an explicit least-squares fit for every candidate at every step."""
     columns = columns.double() - columns.double().mean(0)
     variance = columns.square().sum(0).mean() / len(columns)
-    ridge = (RIDGE * variance).sqrt() * torch.eye(columns.shape[1], dtype=torch.float64)
-    x = torch.cat([columns / len(columns) ** 0.5, ridge]).numpy()
+    share = ridge(columns.shape[1], len(columns))
+    added = (share * variance).sqrt() * torch.eye(columns.shape[1], dtype=torch.float64)
+    x = torch.cat([columns / len(columns) ** 0.5, added]).numpy()
     target, left, order = x @ weight.detach().double().numpy().T, list(range(units)), []
 
     def error(gone):
