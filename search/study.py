@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from ..spaces import Space
@@ -18,6 +18,8 @@ from ..spaces.errors import ConfigError, SearchError, StorageError
 from .saved import read_json, write_json
 
 STUDY_NAME = "prunefront"
+#: A lock of the journal that nobody has renewed for so long belongs to a process that was killed.
+LOCK_GRACE_S = 30
 
 #: Above this number of trials CMA-ES finds more in the same time than a Gaussian process.
 GP_TRIALS = 250
@@ -51,6 +53,15 @@ def make_sampler(name: str, mode: str, n_trials: int, dimensions: int, seed: int
     return makers[name]()
 
 
+def storage_of(journal: Path) -> JournalStorage:
+    """Optuna's journal storage, which takes over the lock of a killed process after ``LOCK_GRACE_S``.
+
+    Its lock is a symbolic link to the path as given: a relative one leads nowhere, and is waited for forever.
+    """
+    path = str(journal.resolve())
+    return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileSymlinkLock(path, grace_period=LOCK_GRACE_S)))
+
+
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials with a score."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -67,7 +78,7 @@ def open_study(run_dir: Path, mode: str) -> optuna.Study:
     journal = run_dir / "study.journal"
     cut_torn_tail(journal)
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
+        storage=storage_of(journal),
         study_name=STUDY_NAME,
         directions=["maximize"] if mode == "budget" else ["maximize", "minimize"],
         load_if_exists=True,
@@ -87,7 +98,7 @@ def read_study(run_dir: Path) -> optuna.Study:
     journal = run_dir / "study.journal"
     if not journal.exists():
         raise StorageError(f"{run_dir} is no run: it has no study.journal")
-    return optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
+    return optuna.load_study(study_name=STUDY_NAME, storage=storage_of(journal))
 
 
 def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:

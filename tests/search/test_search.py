@@ -14,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from torch import nn
 
 import prunefront
+from prunefront.search import study as study_module
 from prunefront.spaces.errors import CalibrationError, ConfigError, SearchError, StorageError
 
 CALIBRATION = [torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
@@ -123,6 +124,15 @@ def test_a_torn_journal_tail_is_cut_and_kept_beside_it(tmp_path):
         file.write(b'{"op_code": 5, "worker')
     assert len(run(tmp_path, n_trials=8).study.trials) == 8
     assert (tmp_path / "study.torn").read_bytes() == b'{"op_code": 5, "worker'
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "LOCK_GRACE_S", 3)
+    run(Path("a"))
+    (tmp_path / "a" / "study.journal.lock").symlink_to(tmp_path / "a" / "study.journal")
+    assert len(run(Path("a"), n_trials=8).study.trials) == 8
+    assert not (tmp_path / "a" / "study.journal.lock").is_symlink()
 
 
 def test_a_damaged_space_file_is_an_error(tmp_path):
