@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunefront
-from benchmarks.repair import with_compensation_kept
-from prunefront.runners.tasks.cifar_resnet import _decode, cifar_resnet
+from benchmarks.repair import with_compensation
+from prunefront.runners.tasks.cifar_resnet import ARCHIVE, cifar_resnet, data_folder, decode
 from prunefront.search.engine import WIDTH_KINDS
 from prunefront.spaces.calibration import precision
 
@@ -24,10 +22,9 @@ Row = dict[str, Any]
 
 
 def training_images() -> tuple[torch.Tensor, torch.Tensor]:
-    folder = Path(os.environ.get("PRUNEFRONT_DATA", "../shared/data"))
-    with np.load(folder / "cifar10_jpeg.npz", allow_pickle=False) as arrays:
+    with np.load(data_folder() / ARCHIVE, allow_pickle=False) as arrays:
         labels = torch.from_numpy(arrays["train_label"].astype(np.int64))
-        return _decode(arrays["train_jpeg"], arrays["train_offset"], np.arange(len(labels))), labels
+        return decode(arrays["train_jpeg"], arrays["train_offset"], np.arange(len(labels))), labels
 
 
 def fine_tune(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, seed: int, rate: float = 0.02) -> None:
@@ -76,7 +73,7 @@ def measure(
         start = time.perf_counter()
         row: Row = {"plan": number, "one_shot": {}, "tuned": {}}
         for method in scored:
-            with_compensation_kept(space, method)
+            with_compensation(space, method)
             candidate = space.apply(plan).eval()
             with precision(candidate, task.autocast):
                 row["one_shot"][method] = 100 * task.score(candidate)

@@ -25,10 +25,16 @@ Row = dict[str, Any]
 RATIOS = (0.3, 0.5, 0.7)
 
 
-def with_compensation(space: prunefront.Space, method: str) -> prunefront.Space:
-    """The same space with another repair; moments and orders are shared."""
-    space._compensation = Compensation(space._evidence, method)
-    return space
+#: By evidence, which the compensation keeps alive, and method.
+_MADE: dict[tuple[int, str], Compensation] = {}
+
+
+def with_compensation(space: prunefront.Space, method: str) -> None:
+    """Repair candidates of ``space`` with ``method``; moments, orders, targets and factors are kept."""
+    key = (id(space._evidence), method)
+    if key not in _MADE:
+        _MADE[key] = Compensation(space._evidence, method)
+    space._compensation = _MADE[key]
 
 
 def compared(space: prunefront.Space, score: Callable[[nn.Module], float], ratios: Sequence[float]) -> list[Row]:
@@ -91,23 +97,13 @@ def preparation(depth: int, rounds: int = 15, seed: int = 0) -> Row:
         plan = prunefront.project(space, {"macs": "50%"}, shares)
         note("dense pass over 1,000 images", dense_pass)
         for method in METHODS:
-            with_compensation_kept(space, method)
+            with_compensation(space, method)
             candidate = note(f"{method}: build", lambda plan=plan: space.build(plan))
             note(f"{method}: repair", lambda candidate=candidate, plan=plan: space.repair(candidate, plan))
         if number < 2:
             found.clear()  # moments, targets and factors are made by the first candidate
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {"model": f"ResNet-{depth}", "seconds": medians}
-
-
-_KEPT: dict[tuple[int, str], Compensation] = {}
-
-
-def with_compensation_kept(space: prunefront.Space, method: str) -> None:
-    key = (id(space), method)
-    if key not in _KEPT:
-        _KEPT[key] = Compensation(space._evidence, method)
-    space._compensation = _KEPT[key]
 
 
 class VisionTransformer(nn.Module):

@@ -24,7 +24,7 @@ from ..search.candidates import checked_score
 from ..search.engine import objective_of
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
-from ..search.saved import METRICS, RESULT, read_json, save_model
+from ..search.saved import METRICS, read_json, save_model
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
@@ -60,10 +60,8 @@ def search(config: DictConfig) -> float:
             latency = timing.model(space, Inputs.of(task.example_inputs))
         dense = {**dense, "latency_ms": latency.dense_ms}
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
-    if (measured := read_json(run_dir / RESULT).get("dense_latency_ms")) is not None:
-        dense = {**dense, "latency_ms": measured}
     write_report(run_dir)
-    show_result(result, task, dense)
+    show_result(result, task, read_run(run_dir)["dense"])
     return result.best.metrics["score"]
 
 
@@ -107,17 +105,21 @@ def tracked_search(
     return result
 
 
+def instantiated(config: DictConfig, name: str, own: type[PrunefrontError]) -> Any:
+    """What ``_target_`` makes. Errors of the kind ``own`` are raised as they are, others as ConfigError."""
+    try:
+        return hydra.utils.instantiate(config, _convert_="all")
+    except HydraException as error:
+        if isinstance(error.__cause__, own):
+            raise error.__cause__ from None
+        raise ConfigError(f"the {name} cannot be made: {str(error).strip()}") from error
+
+
 def timing_of(config: DictConfig) -> Timing | None:
     """What measures latency, or None. Raises TargetError for what the target cannot do."""
     if "_target_" not in config.target:
         return None
-    try:
-        target = hydra.utils.instantiate(config.target, _convert_="all")
-    except HydraException as error:
-        cause = error.__cause__
-        if isinstance(cause, PrunefrontError):
-            raise cause from None
-        raise ConfigError(f"the target cannot be made: {str(error).strip()}") from error
+    target = instantiated(config.target, "target", PrunefrontError)
     options = config.latency
     return Timing(
         target,
@@ -133,13 +135,7 @@ def make_task(config: DictConfig) -> Task:
     """Raises ConfigError for whatever keeps the task from being made."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for the user's own modules, as `python -m` has it
-    try:
-        task = hydra.utils.instantiate(config.task, _convert_="all")
-    except HydraException as error:
-        cause = error.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        raise ConfigError(f"the task cannot be made: {str(error).strip()}") from error
+    task = instantiated(config.task, "task", ConfigError)
     if not isinstance(task, Task):
         raise ConfigError(f"task._target_ must make a prunefront Task, not {type(task).__name__}")
     return task

@@ -46,14 +46,13 @@ class LatencyModel:
     ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there.
     """
 
-    def __init__(
-        self, space: Space, measured: Sequence[Measured], dense_ms: float, criterion: str | None = None
-    ) -> None:
+    def __init__(self, space: Space, measured: Sequence[Measured], dense_ms: float) -> None:
         if len(measured) < FOLDS:
             raise PlanError(f"a latency model needs at least {FOLDS} measured plans, not {len(measured)}")
-        self.space, self.measured, self.dense_ms, self.criterion = space, tuple(measured), dense_ms, criterion
-        self._widths = np.array([m.widths for m in measured])
-        x, y = self._features(self._widths), np.array([m.ratio for m in measured])
+        self.space, self.measured, self.dense_ms = space, tuple(measured), dense_ms
+        dense = space.sizes[None]
+        self._dense_costs, self._dense_macs = space.cost_batch(dense), max(float(space.operator_macs(dense).sum()), 1.0)
+        x, y = self._features(np.array([m.widths for m in measured])), np.array([m.ratio for m in measured])
         tried = {(smooth, ridge): _held_out(x, y, smooth, ridge) for smooth in _SMOOTH for ridge in _RIDGES}
         best = min(tried, key=lambda key: float(np.abs(tried[key] / y - 1).mean()))
         self.error = float(np.abs(tried[best] / y - 1).mean())
@@ -65,12 +64,8 @@ class LatencyModel:
 
     def _features(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
         space = self.space
-        dense = space.sizes[None]
-        operators = space.operator_macs(dense)
-        totals = space.cost_batch(dense)
-        chosen = criterion or self.criterion
-        shares = space.operator_macs(widths, chosen) / np.maximum(operators.sum(), 1)
-        costs = space.cost_batch(widths, chosen) / totals
+        shares = space.operator_macs(widths, criterion) / self._dense_macs
+        costs = space.cost_batch(widths, criterion) / self._dense_costs
         relative = widths / space.sizes
         count = np.sqrt(relative.shape[1])
         # Weights are drawn towards zero: the larger a feature, the freer its weight.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 
 from ..spaces.inputs import Inputs
+from ..spaces.trace import evaluating
 from .protocol import interval
 
 #: Other work on this many processors makes times unreliable.
@@ -84,21 +86,20 @@ def measure(
         TargetError: see :class:`Target`.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
-    first = models[0] if reference is None else reference
-    start = time.perf_counter()
-    measured = models[1:] if reference is None else models
-    modes = [(part, part.training) for each in [first, *measured] for part in each.modules()]
-    try:
-        for each in [first, *measured]:
-            each.eval()
-        samples, conditions = target.times([first, *measured], Inputs.of(example_inputs), settings or Settings())
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    conditions["seconds"] = round(time.perf_counter() - start, 3)
-    found = [summary(values, samples[0], conditions) for values in samples]
-    found = found if reference is None else found[1:]
+    every = models if reference is None else [reference, *models]
+    found = side_by_side(every, Inputs.of(example_inputs), target, settings or Settings())[len(every) - len(models) :]
     return found[0] if isinstance(model, nn.Module) else found
+
+
+def side_by_side(models: Sequence[nn.Module], inputs: Inputs, target: Target, settings: Settings) -> list[Measurement]:
+    """Measurements of ``models``, of which the first is the reference."""
+    start = time.perf_counter()
+    with ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        samples, conditions = target.times(models, inputs, settings)
+    conditions["seconds"] = round(time.perf_counter() - start, 3)
+    return [summary(values, samples[0], conditions) for values in samples]
 
 
 def summary(samples: Sequence[float], reference: Sequence[float], conditions: Mapping[str, Any]) -> Measurement:

@@ -18,7 +18,7 @@ from ..spaces import Plan, Space
 from ..spaces.errors import StorageError, TargetError
 from ..spaces.inputs import Inputs
 from .latency import LatencyModel, Measured, fit_latency
-from .measurement import Measurement, Settings, Target, measure
+from .measurement import Measurement, Settings, Target, side_by_side
 from .saved import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Timing:
         """A candidate beside the dense model, twice as long as other measurements; None if it fails."""
         settings = replace(self.settings, tolerance=self.settings.tolerance / 2, limit_s=2 * self.settings.limit_s)
         try:
-            return measure(candidate, inputs, self.target, reference=dense, settings=settings)  # type: ignore[no-any-return]
+            return side_by_side([dense, candidate], inputs, self.target, settings)[1]
         except TargetError as error:
             logger.warning("a model of the front cannot be measured: %s", error)
             return None
@@ -90,11 +90,11 @@ class Timing:
     def _each(self, dense: nn.Module, batch: Sequence[nn.Module], inputs: Inputs) -> list[Measurement | None]:
         """All at once; one by one where that fails, so that a single candidate's failure excludes only that one."""
         try:
-            return list(measure(batch, inputs, self.target, reference=dense, settings=self.settings))
+            return [*side_by_side([dense, *batch], inputs, self.target, self.settings)[1:]]
         except TargetError as error:
             if len(batch) == 1:
                 logger.warning("a plan is left out of the latency model: %s", error)
-                measure(dense, inputs, self.target, settings=self.settings)  # the target itself must work
+                side_by_side([dense], inputs, self.target, self.settings)  # the target itself must work
                 return [None]
         return [found for candidate in batch for found in self._each(dense, [candidate], inputs)]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, sampled
 from .errors import CalibrationError
-from .groups import Structure
+from .groups import Structure, groups_in
 from .inputs import Inputs
 from .surgery import tensors_of
 from .trace import evaluating
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: Fewer samples than this give BatchNorm statistics that are mostly noise.
 MIN_SAMPLES = 128
-#: More samples than this make them no better (docs/repair.md).
+#: More samples than this make them no better (docs/candidates.md).
 NORM_SAMPLES = 512
 #: A consumer with more columns than this is described by its channels alone.
 MAX_COLUMNS = 1152
@@ -59,6 +59,8 @@ class Calibration:
                 "calibration is a generator, which is empty after one reading, and it is read again and again; "
                 "pass a DataLoader or a list of batches"
             )
+        if next(iter(self.batches), None) is None:
+            raise CalibrationError("calibration has no batches; pass at least one")
 
     def inputs(self, batch: Any) -> Inputs:
         return Inputs.of(tuple(batch[: self.arguments]) if isinstance(batch, tuple | list) else batch)
@@ -187,11 +189,6 @@ def _report(statistics: Statistics) -> None:
         logger.log(level, "%s%s: %s", ", ".join(names[:2]), more, reason)
 
 
-def is_prunable(structure: Structure, parameter: str, dim: int) -> bool:
-    """Whether a group reaches dimension ``dim`` of ``parameter``."""
-    return any(factor >= 0 for term in structure.tensors[parameter][dim] for factor in term)
-
-
 class _Collector(Watcher):
     def __init__(self, model: nn.Module, structure: Structure, statistics: Statistics, batches: int, seed: int) -> None:
         super().__init__(model)
@@ -202,7 +199,7 @@ class _Collector(Watcher):
         self.generator = torch.Generator().manual_seed(seed)
 
     def consumer(self, call: Call) -> Any:
-        if not is_prunable(self.structure, call.parameter, call.in_dim):
+        if not groups_in(self.structure.tensors[call.parameter][call.in_dim]):
             return call.run()
         moments = self.statistics.moments.get(call.parameter) or self._new(call)
         count = max(ROWS, ROWS_A_COLUMN * moments.columns) // self.batches + 1
@@ -260,8 +257,6 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 def check_calibration(model: nn.Module, calibration: Calibration | None) -> None:
     """Raises CalibrationError if there is none for BatchNorm layers, or fewer than ``MIN_SAMPLES`` samples."""
-    if calibration is not None and next(iter(calibration.batches), None) is None:
-        raise CalibrationError("calibration has no batches; pass at least one")
     layers = len(batch_norms(model))
     if not layers:
         return

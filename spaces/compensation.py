@@ -58,13 +58,6 @@ class Compensation:
         elif batch_norms(candidate):
             recalibrate(candidate, calibration)
 
-    def prepare(self) -> None:
-        """Read the calibration data now, instead of when the first candidate needs it."""
-        if self.method == "sequential":
-            _ = self._targets
-        elif self.method in ("bias", "least_squares"):
-            _ = self._fits
-
     @cached_property
     def _fits(self) -> ConsumerFits:
         evidence = self._evidence

@@ -117,7 +117,7 @@ def find_call(func: Any, args: Any, kwargs: Mapping[str, Any], names: Mapping[in
         if bound.get("groups", 1) != 1 or id(weight) not in names or x.dim() != weight.dim():
             return None
         window = _window(bound, weight.dim() - 2, tuple(weight.shape[2:]))
-    elif func in (torch.addmm,) and len(args) == 3 and not kwargs:
+    elif func is torch.addmm and len(args) == 3 and not kwargs:
         (bias, x, weight), dims, window = args, (0, 1), None
     elif getattr(func, "__name__", "") in ("matmul", "mm", "__matmul__") and len(args) == 2 and not kwargs:
         (x, weight), bias, dims, window = args, None, (0, 1), None

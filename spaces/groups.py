@@ -168,7 +168,7 @@ def build_structure(trace: Trace) -> Structure:
         scales=tuple(
             Scale(layout(scale.head_dim), tuple(scale.parameters), tuple(scale.rows))
             for scale in trace.scales
-            if _is_free(layout(scale.head_dim))
+            if groups_in(layout(scale.head_dim))
         ),
     )
 
@@ -235,8 +235,9 @@ def _free(dimension: Dimension) -> list[Factor]:
     return [find(factor) for term in resolve(dimension) for factor in term if not factor.frozen]
 
 
-def _is_free(layout: Layout) -> bool:
-    return any(factor >= 0 for term in layout for factor in term)
+def groups_in(layout: Layout) -> list[int]:
+    """The groups that a dimension is made of, ascending."""
+    return sorted({factor for term in layout for factor in term if factor >= 0})
 
 
 def _base_names(facts: list[_Facts]) -> list[str]:
@@ -281,13 +282,13 @@ def _sites(
     kinds = [group.kind for group in groups]
     for site in [*trace.given_sizes, *(s for s in trace.sites if (s.module, s.attribute) not in seen)]:
         found, key = layout(site.dimension), (site.module, site.attribute)
-        if _is_free(found) and (key in read or _is_count_of_heads(site.attribute, found, kinds)):
+        if groups_in(found) and (key in read or _is_count_of_heads(site.attribute, found, kinds)):
             choices.setdefault(key, []).append(found)
     chosen = {
         key: min(reversed(layouts), key=partial(_mismatch, key[1], kinds=kinds)) for key, layouts in choices.items()
     }
     chosen |= {(site.module, site.attribute): layout(site.dimension) for site in trace.known_sites}
-    return tuple((*key, found) for key, found in chosen.items() if _is_free(found))
+    return tuple((*key, found) for key, found in chosen.items() if groups_in(found))
 
 
 def _is_count_of_heads(attribute: str, layout: Layout, kinds: list[str]) -> bool:

@@ -12,6 +12,7 @@ factor serves every width: a candidate is one matrix product a consumer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ from torch import nn
 
 from .calibration import Moments, Statistics
 from .consumers import matrix, tensor_like
-from .groups import Kept, Structure
+from .groups import Kept, Structure, groups_in
 from .surgery import kept_elements, tensors_of
+from .units import columns, positions
 
 #: The least ridge, and how it grows with the columns a sample: a fit to few samples must not follow their noise.
 RIDGE, RIDGE_A_SAMPLE = 1e-3, 0.1
@@ -63,7 +65,7 @@ class ConsumerFits:
         for name, moments in self.statistics.moments.items():
             gone = any(not kept[group][unit] for group, unit in self.structure.owners[name])
             layout = self.structure.tensors[name][moments.in_dim]
-            groups = sorted({factor for term in layout for factor in term if factor >= 0 and not kept[factor].all()})
+            groups = [group for group in groups_in(layout) if not kept[group].all()]
             if groups and not gone:
                 replaced |= self._repaired(name, moments, kept, groups, ranks)
         return replaced
@@ -74,24 +76,24 @@ class ConsumerFits:
         weight = self._tensors[name].detach()
         inputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.in_dim)).to(weight.device)
         outputs = torch.from_numpy(kept_elements(self.structure, kept, name, moments.out_dim)).to(weight.device)
-        columns = _columns(inputs, weight.shape[moments.in_dim], moments.columns)
+        places = columns(inputs[:, None], moments.columns // weight.shape[moments.in_dim]).flatten()
         repaired = {}
+
+        @functools.cache
+        def dense() -> torch.Tensor:  # a prefix without a constant is fitted without it
+            return as_matrix(weight.index_select(moments.out_dim, outputs), moments)
+
         if not (self.weights and moments.is_whole):
-            dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
-            fitted = dense[:, columns]
-        elif len(groups) == 1 and ranks is not None:
-            factor = self._factor(name, moments, groups[0], ranks)
-            dense, fitted = None, factor_fit(factor, columns, outputs)
+            fitted = dense()[:, places]
         else:
-            dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
-            fitted = plain_fit(dense, columns, covariance(moments))
-        if self.weights and moments.is_whole:
+            if len(groups) == 1 and ranks is not None:
+                fitted = factor_fit(self._factor(name, moments, groups[0], ranks), places, outputs)
+            else:
+                fitted = plain_fit(dense(), places, covariance(moments))
             repaired[name] = _as_tensor(fitted, weight, moments, len(outputs)).to(weight.dtype)
         if moments.shift is not None:
-            if dense is None:
-                dense = as_matrix(weight.index_select(moments.out_dim, outputs), moments)
             means = moments.means.float()
-            change = (dense.float() @ means - fitted.float() @ means[columns]).view(len(outputs), -1).sum(1)
+            change = (dense().float() @ means - fitted.float() @ means[places]).view(len(outputs), -1).sum(1)
             target, sign = moments.shift
             held = self._tensors[target].detach()[outputs]
             repaired[target] = (held.float() + sign * change).to(held.dtype)
@@ -112,17 +114,11 @@ class ConsumerFits:
 
     def _order(self, name: str, moments: Moments, group: int, rank: NDArray[np.integer]) -> torch.Tensor:
         """Columns by the rank of their unit of ``group``; what is not of the group comes first: it always stays."""
-        ranks = []
-        for term in self.structure.tensors[name][moments.in_dim]:
-            shape = [self.structure.groups[f].size if f >= 0 else -f for f in term]
-            values = np.full(shape, -1, dtype=np.int64)
-            if group in term:
-                values[...] = rank.reshape([-1 if f == group else 1 for f in term])
-            ranks.append(values.reshape(-1))
-        elements = torch.from_numpy(np.concatenate(ranks))
-        kernel = moments.columns // len(elements)
-        order = torch.argsort(elements.repeat_interleave(kernel), stable=True)
-        return order.to(moments.means.device)
+        channels = self._tensors[name].shape[moments.in_dim]
+        kernel = moments.columns // channels
+        ranks = np.full(channels * kernel, -1)
+        ranks[columns(positions(self.structure, name, moments.in_dim, group), kernel).numpy()] = rank[:, None]
+        return torch.from_numpy(np.argsort(ranks, kind="stable")).to(moments.means.device)
 
 
 def factor_fit(factor: Factor, columns: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -139,13 +135,6 @@ def plain_fit(dense: torch.Tensor, columns: torch.Tensor, covariance: torch.Tens
     factor = torch.linalg.cholesky(covariance[columns][:, columns])
     moment = covariance[columns][:, removed] @ dense[:, removed].double().T
     return dense[:, columns].float() + torch.cholesky_solve(moment, factor).T.float()
-
-
-def _columns(inputs: torch.Tensor, dense_inputs: int, columns: int) -> torch.Tensor:
-    kernel = columns // dense_inputs
-    if kernel == 1:
-        return inputs
-    return (inputs[:, None] * kernel + torch.arange(kernel, device=inputs.device)).reshape(-1)
 
 
 def as_matrix(weight: torch.Tensor, moments: Moments) -> torch.Tensor:

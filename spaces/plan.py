@@ -21,7 +21,6 @@ class Ranking:
         self.names, self.orders = tuple(names), list(orders)
         #: For every group, the place of each unit in its order.
         self.ranks = [np.argsort(order) for order in self.orders]
-        self.position = {name: position for position, name in enumerate(self.names)}
         #: Positions of the groups by name, as plans list them.
         self.by_name = sorted(range(len(self.names)), key=self.names.__getitem__)
         self.sorted_names = tuple(sorted(self.names))

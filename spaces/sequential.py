@@ -9,6 +9,7 @@ back at every block instead of adding up. BatchNorm layers take their statistics
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,8 +95,8 @@ class _Follower(Watcher):
 
         result = self.apply(func, args, kwargs)
         if follows:
-            product = gain if made.gain is None or gain is None else made.gain * gain
-            total = made.gain if gain is None else product
+            gains = [each for each in (made.gain, gain) if each is not None]
+            total = math.prod(gains[1:], start=gains[0]) if gains else None
             self.made[result] = _Made(made.number, made.call, total, [*made.after, after], made.fit)
             self.passed(made.call.parameter, func)
         return result

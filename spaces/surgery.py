@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .copying import collector_paused, copy_model
-from .groups import Kept, Layout, Owner, Structure
+from .groups import Kept, Layout, Owner, Structure, groups_in
 from .huggingface import follow_config
 from .sizes import set_size
 
@@ -140,7 +140,7 @@ def write_recipe(model: nn.Module, structure: Structure) -> Recipe:
         path, _, key = name.rpartition(".")
         holder: Any = modules[path]._parameters if key in modules[path]._parameters else modules[path]._buffers
         layouts = enumerate(structure.tensors[name])
-        dims = tuple((dim, slot(layout)) for dim, layout in layouts if any(f >= 0 for term in layout for f in term))
+        dims = tuple((dim, slot(layout)) for dim, layout in layouts if groups_in(layout))
         tensors.append(_Sliced(name, holder, key, dims, structure.owners[name]))
     sites = tuple((name, attribute, slot(layout)) for name, attribute, layout in structure.sites)
     return Recipe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -27,10 +28,8 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path) -> None:
     Raises:
         TargetError: the model cannot be exported, or onnxscript is missing.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise TargetError("this target exports to ONNX: pip install 'prunefront[onnx]'") from error
+    if importlib.util.find_spec("onnxscript") is None:
+        raise TargetError("this target exports to ONNX: pip install 'prunefront[onnx]'")
     try:
         with torch.no_grad(), _quiet():
             torch.onnx.export(

@@ -19,6 +19,7 @@ from .base import Task, accuracy, cross_entropy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = (20, 56)
+ARCHIVE = "cifar10_jpeg.npz"
 
 
 class BasicBlock(nn.Module):
@@ -68,17 +69,17 @@ def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: i
     """
     if depth not in DEPTHS:
         raise ConfigError(f"task.depth must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
-    folder = Path(data or os.environ.get("PRUNEFRONT_DATA", "../shared/data"))
-    weights, archive = folder / f"resnet{depth}_cifar10.safetensors", folder / "cifar10_jpeg.npz"
+    folder = data_folder(data)
+    weights, archive = folder / f"resnet{depth}_cifar10.safetensors", folder / ARCHIVE
     for path in (weights, archive):
         if not path.exists():
             raise ConfigError(f"{path} does not exist; set PRUNEFRONT_DATA or task.data to the folder with {path.name}")
     with np.load(archive, allow_pickle=False) as arrays:
         test_labels = torch.from_numpy(arrays["test_label"].astype(np.int64))
-        test = _decode(arrays["test_jpeg"], arrays["test_offset"], np.arange(len(test_labels)))
+        test = decode(arrays["test_jpeg"], arrays["test_offset"], np.arange(len(test_labels)))
         images = len(arrays["train_label"])
         drawn = np.random.default_rng(seed).permutation(images)[:calibration_images]
-        calibration = _decode(arrays["train_jpeg"], arrays["train_offset"], drawn)
+        calibration = decode(arrays["train_jpeg"], arrays["train_offset"], drawn)
         calibration_labels = torch.from_numpy(arrays["train_label"].astype(np.int64)[drawn])
     return Task(
         make_model=partial(_load_model, depth, weights),
@@ -92,6 +93,11 @@ def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: i
     )
 
 
+def data_folder(data: str | None = None) -> Path:
+    """``data``, or what the environment variable ``PRUNEFRONT_DATA`` names, or ``../shared/data``."""
+    return Path(data or os.environ.get("PRUNEFRONT_DATA", "../shared/data"))
+
+
 def _load_model(depth: int, weights: Path) -> nn.Module:
     from safetensors.torch import load_file
 
@@ -100,7 +106,7 @@ def _load_model(depth: int, weights: Path) -> nn.Module:
     return model.eval().to(memory_format=torch.channels_last)
 
 
-def _decode(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[np.int64]) -> torch.Tensor:
+def decode(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[np.int64]) -> torch.Tensor:
     """JPEG bytes to normalised images ``(len(chosen), 3, 32, 32)``, channels last in memory."""
     try:
         from PIL import Image

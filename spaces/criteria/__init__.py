@@ -35,7 +35,7 @@ def unit_scores(criterion: str, evidence: Evidence) -> list[Scores]:
 
     Raises:
         ConfigError: ``criterion`` is not one of :data:`CRITERIA`, or needs calibration data and has none.
-        CalibrationError: scores are not finite, or calibration has no batches.
+        CalibrationError: scores are not finite.
     """
     if criterion not in CRITERIA:
         raise ConfigError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..groups import Group
 from ..least_squares import as_matrix
+from ..units import by_unit, columns, positions
 from .blocks import adds_itself
 from .evidence import Evidence, Scores
-from .units import by_unit, columns, positions
 from .weights import l2_of
 
 logger = logging.getLogger(__name__)

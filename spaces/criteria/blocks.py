@@ -22,7 +22,6 @@ from ..trace import evaluating
 class BlockMoments:
     """Sums over all positions: squared norms, and how far the output turns away from the input."""
 
-    input: float = 0.0
     output: float = 0.0
     #: Of output minus input.
     change: float = 0.0
@@ -76,7 +75,6 @@ def block_moments(model: nn.Module, structure: Structure, calibration: Calibrati
         x, y = x.float(), y.detach().float()
         shape, stream = streams.get(name.rpartition(".")[0], (None, 0.0))
         found = moments[name]
-        found.input += _energy(x)
         found.output += _energy(y)
         found.change += _energy(y - x)
         found.stream += stream if shape == x.shape else _energy(x)

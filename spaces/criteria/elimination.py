@@ -11,10 +11,10 @@ import torch
 from ..calibration import Moments
 from ..groups import Group
 from ..least_squares import as_matrix, covariance
+from ..units import columns, positions
 from .activations import activation_of, consumers_of
 from .blocks import adds_itself
 from .evidence import Evidence, Scores
-from .units import columns, positions
 
 logger = logging.getLogger(__name__)
 

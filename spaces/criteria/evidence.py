@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..calibration import Calibration, Statistics, collect
-from ..errors import CalibrationError, ConfigError
+from ..errors import ConfigError
 from ..groups import Structure
 from .blocks import BlockMoments, block_moments
 from .sensitivity import Sensitivity, sensitivity
@@ -51,8 +51,6 @@ class Evidence:
     def _data(self) -> Calibration:
         if self.calibration is None:
             raise NoCalibration
-        if next(iter(self.calibration.batches), None) is None:
-            raise CalibrationError("calibration has no batches; pass at least one")
         return self.calibration
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from ..calibration import Calibration
 from ..consumers import Call, Watcher
 from ..errors import CalibrationError
-from ..groups import Structure
+from ..groups import Structure, groups_in
 from ..inputs import Inputs, output_tensors
 from ..trace import evaluating
+from ..units import by_unit, positions
 from .blocks import adds_itself, block_calls
-from .units import by_unit, groups_of, positions
 
 _Array = NDArray[np.float64]
 
@@ -82,9 +82,9 @@ class _Pass:
         )
         self.blocks = {block: (g, u) for g, group in enumerate(groups) for u, block in enumerate(group.blocks)}
         self.reached = {
-            (name, dim): {g: positions(self.structure, name, dim, g) for g in groups_of(self.structure, name, dim)}
+            (name, dim): {g: positions(self.structure, name, dim, g) for g in groups_in(layout)}
             for name, layouts in self.structure.tensors.items()
-            for dim in range(len(layouts))
+            for dim, layout in enumerate(layouts)
         }
         self.parameters = {
             name: parameter

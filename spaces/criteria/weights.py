@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..groups import Group, Member
+from ..units import by_unit, positions
 from .evidence import Evidence, Scores
-from .units import by_unit, positions
 
 #: Rows of a matrix of distances that are held at once.
 CHUNK = 1024

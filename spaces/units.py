@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..groups import Structure
+from .groups import Structure
 
 
 def positions(structure: Structure, tensor: str, dim: int, group: int) -> torch.Tensor:
@@ -21,14 +21,9 @@ def positions(structure: Structure, tensor: str, dim: int, group: int) -> torch.
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
-def groups_of(structure: Structure, tensor: str, dim: int) -> list[int]:
-    """The groups that reach dimension ``dim`` of ``tensor``."""
-    return sorted({factor for term in structure.tensors[tensor][dim] for factor in term if factor >= 0})
-
-
 def columns(places: torch.Tensor, kernel: int) -> torch.Tensor:
     """Columns of a consumer by unit, for inputs at ``places (units, elements)`` with ``kernel`` columns each."""
-    return (places[:, :, None] * kernel + torch.arange(kernel)).flatten(1)
+    return (places[:, :, None] * kernel + torch.arange(kernel, device=places.device)).flatten(1)
 
 
 def by_unit(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
