@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import prunefront
 from benchmarks.zoo import timed
 from prunefront.runners.tasks import digits
-from prunefront.runners.tasks.base import accuracy, cross_entropy
+from prunefront.runners.tasks.base import cross_entropy
+from prunefront.search.scores import accuracy
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
 from prunefront.spaces.calibration import precision
 from prunefront.spaces.compensation import METHODS, Compensation
@@ -162,7 +163,7 @@ def transformer(epochs: int = 60) -> Row:
     held_out = [torch.cat(pair) for pair in zip(search, test, strict=True)]
 
     def score(candidate: nn.Module) -> float:
-        return accuracy(candidate, *held_out)
+        return accuracy(*held_out)(candidate)
 
     calibration = list(zip(*(values.split(256) for values in train), strict=True))
     space = prunefront.discover(

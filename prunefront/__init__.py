@@ -1,12 +1,13 @@
 """Find and build smaller models by structured pruning."""
 
 # The function takes the place of the folder's name here; import the folder's parts with `from`.
-from .search import Entry, Measurement, Result, Timing, load, measure, project, search
+from .search import Entry, Fidelity, Measurement, Result, SampleScore, Timing, load, measure, project, search
 from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
 
 __all__ = [
     "Cost",
     "Entry",
+    "Fidelity",
     "Frozen",
     "Group",
     "Measurement",
@@ -14,6 +15,7 @@ __all__ = [
     "Plan",
     "PrunefrontError",
     "Result",
+    "SampleScore",
     "Space",
     "Timing",
     "discover",

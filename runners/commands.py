@@ -21,9 +21,9 @@ from torch import nn
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
-from ..search.engine import objective_of
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
+from ..search.problem import objective_of
 from ..search.saved import METRICS, read_json, save_model
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
@@ -91,7 +91,11 @@ def tracked_search(
                 mode=config.mode,
                 n_trials=config.n_trials,
                 timeout_s=config.timeout_s,
-                sampler=config.sampler,
+                patience=config.patience,
+                guide=config.guide,
+                finalists=config.finalists,
+                sampler=sampler_of(config),
+                warm_start=_plain(config.warm_start),
                 seed=config.seed,
                 run_dir=run_dir,
                 space=space,
@@ -113,6 +117,16 @@ def instantiated(config: DictConfig, name: str, own: type[PrunefrontError]) -> A
         if isinstance(error.__cause__, own):
             raise error.__cause__ from None
         raise ConfigError(f"the {name} cannot be made: {str(error).strip()}") from error
+
+
+def sampler_of(config: DictConfig) -> Any:
+    """A name, or what ``_target_`` makes. Raises ConfigError for what is no sampler."""
+    if isinstance(config.sampler, str):
+        return config.sampler
+    sampler = instantiated(config.sampler, "sampler", ConfigError)
+    if not isinstance(sampler, optuna.samplers.BaseSampler):
+        raise ConfigError(f"sampler._target_ must make an Optuna sampler, not {type(sampler).__name__}")
+    return sampler
 
 
 def timing_of(config: DictConfig) -> Timing | None:
@@ -176,7 +190,8 @@ def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
 def dense_metrics(task: Task, model: nn.Module, cost: Cost) -> dict[str, float]:
     """Scores and costs of the dense model. Raises ConfigError when it cannot be scored."""
     metrics: dict[str, float] = asdict(cost)
-    functions = {"score": task.score, "test": task.test}
+    # Fidelity to itself is known: no difference at all.
+    functions = {"score": task.score or (lambda _: 0.0), "test": task.test}
     with precision(model, task.autocast):
         for name, function in functions.items():
             if function is not None:

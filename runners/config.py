@@ -82,7 +82,7 @@ class CommandTarget:
 class Space:
     """Arguments of ``prunefront.discover``; the ratios and ``round_to``: one value, or values by kind or pattern."""
 
-    criterion: Any = "l1"
+    criterion: Any = "auto"
     compensation: str = "auto"
     kinds: list[str] | None = None
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -107,7 +107,7 @@ class CifarResNet:
     _target_: str = "prunefront.runners.tasks.cifar_resnet.cifar_resnet"
     depth: int = 56
     data: str | None = None
-    calibration_images: int = 1024
+    calibration_images: int = 2048
     seed: int = 0
 
 
@@ -155,9 +155,13 @@ class Search:
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
     space: Any = MISSING
-    sampler: str = "auto"
+    guide: str = "auto"
+    finalists: int = 5
+    sampler: Any = "auto"
+    warm_start: list[str] = field(default_factory=list)
     n_trials: int = 100
     timeout_s: float | None = None
+    patience: int | None = None
     seed: int = 0
     run_dir: str = MISSING
 

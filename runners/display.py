@@ -69,9 +69,9 @@ class SearchProgress:
         trials = finished(study)
         if not trials:
             return "no score yet"
-        best = max(trials, key=lambda t: t.values[0])
+        best, guide = max(trials, key=lambda t: t.values[0]), (study.metric_names or ["score"])[0]
         share = best.user_attrs["costs"][self.objective] / self.dense[self.objective]
-        return f"best {best.values[0]:.4f} at {share:.1%} {self.objective}"
+        return f"{guide} {best.values[0]:.4f} at {share:.1%} {self.objective}"
 
 
 def front_table(

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import optuna
 import plotly.graph_objects as go
+
+from ..search.study import finished
 
 #: One blue hue for all widths, light to dark; red marks what was picked, everywhere.
 GREY, BLUE, RED, DARK = "#b8bec7", "#2563eb", "#dc2626", "#111827"
+#: The metric of trials that are guided by the score itself.
+SCORE = "score"
 LABELS = {
     "macs": "MACs",
     "params": "parameters",
@@ -26,11 +31,12 @@ def front_figure(
     dense: Mapping[str, float],
     objective: str,
 ) -> go.Figure:
-    """Score against cost. ``trials``: (score, cost) of each; ``dense``: metrics of the dense model, costs at least."""
+    """Score against cost. ``trials``: (score, cost) of each, where known; ``dense``: metrics, costs at least."""
     whole = dense[objective]
     figure = _figure(f"{LABELS[objective]} (share of the dense model)", "score on the search split")
     scores, costs = [score for score, _ in trials], [cost / whole for _, cost in trials]
-    figure.add_scatter(x=costs, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
+    if trials:
+        figure.add_scatter(x=costs, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
     figure.add_scatter(
         x=[entry[objective] / whole for entry in front],
         y=[entry["score"] for entry in front],
@@ -52,13 +58,24 @@ def front_figure(
     return figure
 
 
-def history_figure(numbers: Sequence[int], scores: Sequence[float], dense_score: float | None) -> go.Figure:
-    """Scores in the order of the trials, and the best so far."""
-    figure = _figure("trial", "score on the search split")
+def scored_trials(study: optuna.Study, objective: str) -> list[tuple[float, float]]:
+    """Score and cost of every trial; none where trials were guided by something else than the score."""
+    if (study.metric_names or [SCORE])[0] != SCORE:
+        return []
+    return [(t.values[0], t.user_attrs["costs"][objective]) for t in finished(study)]
+
+
+def history_figure(study: optuna.Study, dense_score: float | None) -> go.Figure:
+    """What trials were told, in their order, and the best so far."""
+    guide = (study.metric_names or [SCORE])[0]
+    trials = finished(study)
+    numbers, scores = [t.number for t in trials], [t.values[0] for t in trials]
+    is_score = guide == SCORE
+    figure = _figure("trial", "score on the search split" if is_score else f"{guide} to the dense model")
     figure.add_scatter(x=numbers, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
     best = np.maximum.accumulate(scores)
     figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"shape": "hv", "color": BLUE})
-    if dense_score is not None:
+    if dense_score is not None and is_score:
         figure.add_hline(dense_score, line={"color": DARK, "dash": "dot"}, annotation_text="dense")
     return figure
 

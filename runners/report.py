@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from ..search.saved import METRICS, RESULT, read_json, read_plan
 from ..search.study import finished, read_study
 from ..spaces.errors import StorageError
-from .figures import LABELS, front_figure, history_figure, widths_figure
+from .figures import LABELS, front_figure, history_figure, scored_trials, widths_figure
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #111827 }
@@ -57,12 +57,12 @@ def write_report(run_dir: Path) -> Path:
     """
     run, study = read_run(run_dir), read_study(run_dir)
     trials = finished(study)
-    points = [(t.values[0], t.user_attrs["costs"][run["objective"]]) for t in trials]
     widths = {entry["name"]: read_plan(run_dir / "front" / entry["name"])["widths"] for entry in run["front"]}
-    scores = [score for score, _ in points]
     figures = {
-        "Front": front_figure(points, run["front"], run["picked"], run["dense"], run["objective"]),
-        "History": history_figure([t.number for t in trials], scores, run["dense"].get("score")),
+        "Front": front_figure(
+            scored_trials(study, run["objective"]), run["front"], run["picked"], run["dense"], run["objective"]
+        ),
+        "History": history_figure(study, run["dense"].get("score")),
         "Widths": widths_figure(run["space"]["groups"], widths, run["picked"]),
     }
     path = run_dir / "report.html"

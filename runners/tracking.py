@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..search import Result
 from ..search.front import hypervolume
 from ..search.study import finished
-from .figures import front_figure
+from .figures import front_figure, scored_trials
 
 logger = logging.getLogger(__name__)
 
@@ -107,20 +107,21 @@ class WandbTracker:
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.dense, self.objective = dict(dense), objective
-        # The hypervolume counts from score 0, or from twice the dense score where scores are negative (losses).
-        self.reference = (min(0.0, 2 * self.dense["score"]), self.dense[objective])
 
     def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         trials = finished(study)
         values: dict[str, Any] = {"feasible": trial.state == TrialState.COMPLETE}
         values |= trial.user_attrs.get("costs", {})
+        guide = (study.metric_names or ["score"])[0]
         if trial.state == TrialState.COMPLETE:
-            values["score"] = trial.values[0]
+            values[guide] = trial.values[0]
         if trials:
             scores = [t.values[0] for t in trials]
-            values["best_score"] = max(scores)
+            values[f"best_{guide}"] = max(scores)
             costs = [t.user_attrs["costs"][self.objective] for t in trials]
-            values["hypervolume"] = hypervolume(scores, costs, self.reference)
+            # The hypervolume counts from 0, or from twice the first value where values are negative (losses).
+            reference = (min(0.0, 2 * scores[0]), self.dense[self.objective])
+            values["hypervolume"] = hypervolume(scores, costs, reference)
         self.run.log(values, step=trial.number)
 
     def finish(self, result: Result | None) -> None:
@@ -132,8 +133,9 @@ class WandbTracker:
         rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
         columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
         table = wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
-        trials = [(t.values[0], t.user_attrs["costs"][result.objective]) for t in finished(result.study)]
-        figure = front_figure(trials, rows, result.best.name, self.dense, result.objective)
+        figure = front_figure(
+            scored_trials(result.study, result.objective), rows, result.best.name, self.dense, result.objective
+        )
         self.run.log({"front": table, "front_plot": wandb.Plotly(figure)})
         plans = wandb.Artifact(f"plans-{self.run.id}", type="plans")
         for entry in result.front:

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..spaces import Plan, Space
 from ..spaces.calibration import precision
+from .racing import Raced, race
+from .scores import SampleScore
 
 Score = Callable[[nn.Module], float]
 
@@ -41,12 +44,16 @@ class Candidates:
         self.space, self.autocast = space, autocast
         self.timer = Timer()
 
-    def prepare(self, plan: Plan) -> nn.Module:
+    def prepare(self, plan: Plan, effort: str) -> nn.Module:
         """The candidate in evaluation mode, repaired."""
         with self.timer.part("build"):
             candidate = self.space.build(plan).eval()
         with self.timer.part("recalibrate"):
-            return self.space.repair(candidate, plan)
+            return self.space.repair(candidate, plan, effort)
+
+    def race(self, model: nn.Module, guide: SampleScore, rival: NDArray[np.float64] | None) -> Raced:
+        with self.timer.part("score"), precision(model, self.autocast):
+            return race(model, guide, rival)
 
     def score(self, model: nn.Module, function: Score, name: str) -> float:
         """Raises TypeError or ValueError unless ``function`` returns a finite number."""

@@ -1,4 +1,4 @@
-"""The search loop: ask, project onto the budget, build, recalibrate, score, tell."""
+"""The search loop: ask, project onto the budget, build, repair, score, tell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,32 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from torch import nn
 
-from ..spaces import Plan, Space, discover
+from ..spaces import Space, discover
 from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
-from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget
+from .budget import LATENCY, LATENCY_COLUMN, check_reachable, parse_budget
 from .candidates import Candidates, Score
+from .front import non_dominated
+from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
-from .projection import project_widths
-from .result import LATENCY_MS, Result, Verification, collect
-from .study import check_owner, finished, make_sampler, open_study
+from .problem import CRITERION, SHARES, Problem, objective_of
+from .racing import Raced
+from .result import PARTLY, Judge, Result, Verification, collect
+from .samplers import make_sampler
+from .scores import SampleScore
+from .study import check_owner, finished, open_study
 from .timing import Timing
+from .warm_start import Earlier, read_earlier
 
 logger = logging.getLogger(__name__)
 
 #: The search stops when this many first trials fail without one that succeeds.
 MAX_FAILURES = 5
-#: Proposals are relative keep shares in this range; only their proportions matter, since they are projected.
-SHARES = (0.1, 1.0)
-#: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
-COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
-#: The name of the dimension that chooses among several criteria.
-CRITERION = "criterion"
 MODES = ("budget", "front")
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
-#: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
-COLUMNS = ("macs", "params", "memory_bytes", "size_bytes", LATENCY_MS)
 
 Callback = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 
@@ -55,17 +52,21 @@ def search(
     model: nn.Module,
     example_inputs: Any,
     *,
-    score: Score,
+    score: Score | None = None,
     budget: Mapping[str, str | float] | None = None,
     calibration: Iterable[Any] | None = None,
     test: Score | None = None,
     mode: str = "budget",
     n_trials: int = 100,
     timeout_s: float | None = None,
-    sampler: str = "auto",
+    patience: int | None = None,
+    guide: str = "auto",
+    finalists: int = 5,
+    sampler: str | optuna.samplers.BaseSampler = "auto",
+    warm_start: Sequence[str | Path] = (),
     seed: int = 0,
     run_dir: str | Path | None = None,
-    criterion: str | Sequence[str] = "l1",
+    criterion: str | Sequence[str] = "auto",
     compensation: str = "auto",
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     kinds: Sequence[str] | None = WIDTH_KINDS,
@@ -82,16 +83,27 @@ def search(
     that ``budget`` names (macs by default), up to the budget or, without one, up to the dense model.
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
-    training nor test data; ``test`` is called for the front only. ``calibration``: batches of training data, readable
-    again and again, with which candidates are repaired; models with BatchNorm need it. ``criterion``: which units stay;
-    of several, the search chooses. ``compensation``, ``loss``, ``round_to``: see :func:`discover`. ``kinds`` are by
-    default all but blocks: taking out whole blocks pays after a search of widths, or with training. ``space``, from an
-    earlier :func:`discover` of this model, saves doing that again and brings all of these, calibration included.
-    ``autocast`` runs calibration and scores in this type. ``timing``: the target on which latency is measured, for
-    ``budget={"latency": "5ms"}`` or ``"60%"``, and for the measured latency of the front; ``latency``: the model of it,
-    from ``timing.model(space, inputs)``, where it has been made already.
-    An existing ``run_dir`` of the same model and search is continued until it has ``n_trials`` finished trials.
-    Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in Optuna.
+    training nor test data; without one it is the fidelity to the dense model's outputs on ``calibration``. ``test`` is
+    called for the front only. ``guide``: what trials are told. ``score`` is that; ``fidelity`` that to the dense
+    model's outputs on 1,000 samples of the score's data, or of ``calibration``, which needs no labels and is smoother
+    than an accuracy; ``auto`` is fidelity where ``score`` is a :class:`.scores.SampleScore`. Losers against the best so
+    far are given up after part of the samples. The ``finalists`` best trials are repaired thoroughly and get the whole
+    ``score``, and the best of them is picked; along a front these are all that no other trial beats.
+
+    ``calibration``: batches of training data, readable again and again, with which candidates are repaired; models
+    with BatchNorm need it. ``criterion``: which units stay; of several, the search chooses. ``compensation``, ``loss``,
+    ``round_to``: see :func:`discover`. ``kinds`` are by default all but blocks: taking out whole blocks pays after a
+    search of widths, or with training. ``space``, from an earlier :func:`discover` of this model, saves doing that
+    again and brings all of these, calibration included. ``autocast`` runs calibration and scores in this type.
+    ``timing``: the target on which latency is measured, for ``budget={"latency": "5ms"}`` or ``"60%"``, and for the
+    measured latency of the front; ``latency``: the model of it, from ``timing.model(space, inputs)``, where it has been
+    made already.
+
+    ``sampler``: a name of :data:`.samplers.SAMPLERS`, or an Optuna sampler. The search ends after ``n_trials``,
+    ``timeout_s``, or ``patience`` trials without a better one. ``warm_start``: runs of the same model and space, with
+    any budget, whose scored plans this one learns from. An existing ``run_dir`` of the same model and search is
+    continued until it has ``n_trials`` finished trials. Ctrl-C ends the search with what was found. ``callbacks`` are
+    called with ``(study, trial)`` as in Optuna.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -99,10 +111,7 @@ def search(
         SearchError: the run directory belongs to another model, or no trial succeeded.
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
-    if n_trials < 1:
-        raise ConfigError(f"n_trials must be at least 1, not {n_trials}")
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    check_options(mode, guide, n_trials, finalists, patience)
     if space is None:
         space = discover(
             model,
@@ -135,30 +144,35 @@ def search(
         check_latency(latency, limits.values[LATENCY_COLUMN])
     if not space.repairs_nothing_by_choice:
         check_calibration(model, space.calibration)
+    guided = guidance(space, score, guide, autocast)
     directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     objective = objective_of(budget)
+    problem = Problem(space, limits, objective, mode == "front", latency)
     header: dict[str, Any] = {
         "mode": mode,
         "objective": objective,
         "budget": {key: str(value) for key, value in (budget or {}).items()},
         "criterion": ", ".join(space.criteria),
         "compensation": space.compensation,
+        "guide": guided.name,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "target": None if timing is None else dict(timing.target.description),
         "seed": seed,
         "weights": weights_digest(model),
     }
+    earlier = read_earlier(warm_start, problem, header)
     try:
         check_owner(directory, space, header)
-        study = open_study(directory, mode)
+        study = open_study(directory, [guided.name, objective][: 1 + problem.for_front])
         # Seeded anew: a continued search must not draw the same numbers again.
         fresh_seed = seed + len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(sampler, mode, n_trials, len(space.dimensions), fresh_seed)
+        study.sampler = make_sampler(sampler, problem, n_trials, fresh_seed, earlier)
         candidates = Candidates(space, autocast)
-        run = _Run(candidates, limits, study, score, objective, latency)
-        run.trials(n_trials, timeout_s, callbacks)
+        run = _Run(problem, candidates, study, guided, earlier)
+        run.trials(n_trials, timeout_s, patience, callbacks)
         verification = None if timing is None else Verification(timing, limits.values[LATENCY_COLUMN], inputs)
-        return collect(directory, study, candidates, objective, bool(budget), inputs, test, run.reason, verification)
+        judge = Judge(candidates, guided, inputs, test, verification)
+        return collect(directory, study, judge, objective, bool(budget), finalists, run.reason)
     except OSError as error:
         raise StorageError(
             f"cannot write to {directory}: {error}. Finished trials are safe; "
@@ -166,32 +180,40 @@ def search(
         ) from error
 
 
+def check_options(mode: str, guide: str, n_trials: int, finalists: int, patience: int | None) -> None:
+    """Raises ConfigError."""
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    if guide not in GUIDES:
+        raise ConfigError(f"unknown guide {guide!r}; expected one of {', '.join(GUIDES)}")
+    for name, value in {"n_trials": n_trials, "finalists": finalists, "patience": patience}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+
+
 class _Run:
     def __init__(
         self,
+        problem: Problem,
         candidates: Candidates,
-        limits: Limits,
         study: optuna.Study,
-        score: Score,
-        objective: str,
-        latency: LatencyModel | None,
+        guided: Guidance,
+        earlier: Earlier,
     ) -> None:
-        self.candidates, self.space, self.timer = candidates, candidates.space, candidates.timer
-        self.limits, self.study, self.score, self.objective = limits, study, score, objective
-        self.latency = latency
-        self.names = list(self.space.dimensions)
+        self.problem, self.candidates, self.timer = problem, candidates, candidates.timer
+        self.study, self.guided, self.earlier = study, guided, earlier
         self.known = {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(study)}
+        #: Costs and values by sample of what this process has scored on all samples.
+        self.samples: list[tuple[float, Raced]] = []
         self.reason = ""
 
-    @property
-    def for_front(self) -> bool:
-        return len(self.study.directions) > 1
-
-    def trials(self, n_trials: int, timeout_s: float | None, callbacks: Sequence[Callback]) -> None:
+    def trials(
+        self, n_trials: int, timeout_s: float | None, patience: int | None, callbacks: Sequence[Callback]
+    ) -> None:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         existing = self.study.get_trials(deepcopy=False)
         if not existing:
-            self.enqueue_uniform()
+            self.enqueue_starts()
         # A trial that ended without an error and without a value was interrupted, and does not count.
         done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in existing)
         failures = 0
@@ -204,16 +226,31 @@ class _Run:
                     callback(self.study, trial)
                 if failures >= MAX_FAILURES and not self.known:
                     raise SearchError(f"the first {failures} trials all failed; the last one with {self.reason}")
+                if patience is not None and self.is_stuck(patience):
+                    logger.info("no better plan for %d trials: the search ends", patience)
+                    break
         except KeyboardInterrupt:
             logger.warning("interrupted; ending with what was found")
 
-    def enqueue_uniform(self) -> None:
-        """Equal shares in the middle of their range; in front mode the sampler chooses the cost that they aim at."""
-        self.study.enqueue_trial(dict.fromkeys(self.names, math.sqrt(SHARES[0] * SHARES[1])))
+    def enqueue_starts(self) -> None:
+        """Equal shares in the middle of their range, then the best proportions of earlier runs."""
+        names = self.problem.space.dimensions
+        rows = [dict.fromkeys(names, math.sqrt(SHARES[0] * SHARES[1]))]
+        rows += [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
+        for row in rows:
+            self.study.enqueue_trial(row)
+
+    def is_stuck(self, patience: int) -> bool:
+        """Whether none of the last ``patience`` trials is on the front, or the best."""
+        trials = finished(self.study)
+        if len(trials) <= patience:
+            return False
+        costs = [t.values[1] if self.problem.for_front else 0.0 for t in trials]
+        return max(non_dominated([t.values[0] for t in trials], costs)) < len(trials) - patience
 
     def one(self) -> optuna.trial.FrozenTrial:
         with self.timer.part("ask"):
-            trial = self.study.ask()
+            trial = self.study.ask(self.problem.distributions)
         try:
             values = self.evaluate(trial)
         except Exception as error:
@@ -228,48 +265,33 @@ class _Run:
             return self.study.tell(trial, values)
 
     def evaluate(self, trial: optuna.Trial) -> list[float]:
-        with self.timer.part("ask"):
-            shares = np.array([trial.suggest_float(name, *SHARES, log=True) for name in self.names])
-            limits = self.front_limits(trial) if self.for_front else self.limits
-            criterion = self.criterion(trial)
         with self.timer.part("project"):
-            plan, cost = self.project(shares, limits, criterion)
+            plan, costs = self.problem.plan(trial.params)
+            criterion = trial.params.get(CRITERION, self.problem.space.criteria[0])
             described = {"fingerprint": plan.fingerprint, "widths": plan.widths, "criterion": criterion}
             trial.set_user_attr("plan", described)
-            trial.set_user_attr("costs", cost)
+            trial.set_user_attr("costs", costs)
+        cost = costs[self.problem.objective]
         if plan.fingerprint not in self.known:
-            candidate = self.candidates.prepare(plan)
-            self.known[plan.fingerprint] = self.candidates.score(candidate, self.score, "score")
+            self.known[plan.fingerprint] = self.scored(trial, self.candidates.prepare(plan, "quick"), cost)
         value = self.known[plan.fingerprint]
-        return [value, cost[self.objective]] if self.for_front else [value]
+        return [value, cost] if self.problem.for_front else [value]
 
-    def criterion(self, trial: optuna.Trial) -> str:
-        """Which units stay: a dimension of the search where there is a choice."""
-        criteria = self.space.criteria
-        return criteria[0] if len(criteria) == 1 else str(trial.suggest_categorical(CRITERION, criteria))
-
-    def project(self, shares: NDArray[np.float64], limits: Limits, criterion: str) -> tuple[Plan, dict[str, float]]:
-        widths = project_widths(self.space, limits, shares, criterion, self.latency)
-        plan = self.space.plan({name: int(w) for name, w in zip(self.names, widths, strict=True)}, criterion)
-        cost: dict[str, float] = asdict(self.space.cost(plan))
-        if self.latency is not None:
-            cost[LATENCY_MS] = float(self.latency.ratios(widths[None], criterion)[0]) * self.latency.dense_ms
-        return plan, cost
-
-    def front_limits(self, trial: optuna.Trial) -> Limits:
-        """The limits with the objective's one drawn by the sampler, as a share of the dense cost."""
-        column = COLUMNS.index(self.objective)
-        least = self.space.smallest_widths()[None]
-        if self.latency is not None and self.objective == LATENCY_MS:
-            dense, smallest = 1.0, float(self.latency.ratios(least)[0])  # limits of latency are ratios
+    def scored(self, trial: optuna.Trial, candidate: nn.Module, cost: float) -> float:
+        """The value of a candidate, estimated from part of the samples where it clearly loses."""
+        if not isinstance(self.guided.guide, SampleScore):
+            return self.candidates.score(candidate, self.guided.guide, "score")
+        raced = self.candidates.race(candidate, self.guided.guide, self.rival(cost))
+        if raced.is_complete:
+            self.samples.append((cost, raced))
         else:
-            dense = asdict(self.space.dense_cost)[self.objective]
-            smallest = self.space.cost_batch(least)[0][column] / dense
-        highest = min(1.0, self.limits.values[column] / dense)
-        lowest = min(max(SMALLEST_SHARE, smallest), highest)
-        share = trial.suggest_float(COST_SHARE, lowest, highest, log=True)
-        # The exact bound where the share is at its end: a product may fall a rounding error short of it.
-        return self.limits.replace(column, max(share * dense, smallest * dense))
+            trial.set_user_attr(PARTLY, len(raced.values))
+        return raced.score
+
+    def rival(self, cost: float) -> NDArray[np.float64] | None:
+        """The values by sample of the best candidate so far; along a front, of those that cost no more."""
+        eligible = [raced for own, raced in self.samples if own <= cost or not self.problem.for_front]
+        return max(eligible, key=lambda raced: raced.score).values if eligible else None
 
 
 def _is_given(
@@ -277,13 +299,7 @@ def _is_given(
 ) -> bool:
     """Whether any argument that is for :func:`discover` differs from its default."""
     data = calibration is not None or loss is not None
-    return data or (criterion, compensation, kinds, round_to) != ("l1", "auto", WIDTH_KINDS, 1)
-
-
-def objective_of(budget: Mapping[str, Any] | None) -> str:
-    """The cost that the front trades against the score: that of the first budget, macs without one."""
-    first = next(iter(budget)) if budget else "macs"
-    return LATENCY_MS if first == LATENCY else COLUMNS[KEYS[first][0]]
+    return data or (criterion, compensation, kinds, round_to) != ("auto", "auto", WIDTH_KINDS, 1)
 
 
 def weights_digest(model: nn.Module) -> str:

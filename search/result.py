@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.trial import FrozenTrial
 from torch import nn
 
 from ..spaces import Plan, Space
@@ -19,19 +20,24 @@ from ..spaces.errors import SearchError, StorageError
 from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
 from .front import knee, non_dominated
+from .guidance import Guidance
+from .problem import LATENCY_MS
 from .saved import METRICS, RESULT, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
 
 logger = logging.getLogger(__name__)
 
-#: Metrics of latency: predicted by a model until it is measured, when the prediction is kept beside it.
-LATENCY_MS, PREDICTED_MS = "latency_ms", "latency_predicted_ms"
+#: The prediction that is kept beside a measured latency.
+PREDICTED_MS = "latency_predicted_ms"
+#: The attribute of trials that were given up after so many samples: their values are estimates.
+PARTLY = "samples"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One scored plan. ``metrics``: score, macs, params, memory_bytes, size_bytes; test and latency where measured."""
+    """One scored plan. ``metrics``: score, macs, params, memory_bytes, size_bytes; test and latency where measured;
+    guide: what its trial was told."""
 
     name: str
     plan: Plan
@@ -41,7 +47,7 @@ class Entry:
     build: Callable[[], nn.Module] = field(repr=False, compare=False)
 
     def model(self) -> nn.Module:
-        """Build the pruned model, recalibrated."""
+        """Build the pruned model, thoroughly repaired."""
         return self.build()
 
 
@@ -93,23 +99,82 @@ class Verification:
         return self.limit == math.inf or metrics.get("latency_ratio_high", math.inf) <= self.limit
 
 
+@dataclass(frozen=True)
+class Judge:
+    """How finalists are judged: repaired thoroughly, measured where there is a target, scored, and the front tested."""
+
+    candidates: Candidates
+    guided: Guidance
+    inputs: Inputs
+    test: Score | None = None
+    verification: Verification | None = None
+
+    def final(self, entry: Entry) -> Entry | None:
+        """Measured, scored and saved; None for one that misses the budget of latency, or whose score fails."""
+        verification = self.verification
+        if _saved_metrics(entry.path, entry.plan) is not None:
+            return entry if verification is None or verification.holds(entry.metrics) else None
+        candidate, metrics = entry.model(), dict(entry.metrics)
+        if verification is not None:
+            predicted = {PREDICTED_MS: metrics[LATENCY_MS]} if LATENCY_MS in metrics else {}
+            metrics |= predicted | verification.measured(self.candidates, candidate)
+            if not verification.holds(metrics):
+                return None
+        if self.guided.is_score and not self.candidates.space.repairs_in_two_efforts:
+            return self._saved(replace(entry, metrics={**metrics, "score": metrics["guide"]}), candidate)
+        try:
+            metrics["score"] = self.candidates.score(candidate, self.guided.score, "score")
+        except Exception as error:
+            logger.warning("%s has no score: %s: %s", entry.name, type(error).__name__, error)
+            return None
+        return self._saved(replace(entry, metrics=metrics), candidate)
+
+    def tested(self, entry: Entry) -> Entry:
+        """With its test score. A failing test function must not cost the user the models that were found."""
+        if self.test is None or "test" in entry.metrics:
+            return entry
+        candidate = entry.model()
+        try:
+            metrics = {**entry.metrics, "test": self.candidates.score(candidate, self.test, "test")}
+        except Exception as error:
+            logger.warning("no test score: %s: %s", type(error).__name__, error)
+            return entry
+        return self._saved(replace(entry, metrics=metrics), candidate)
+
+    def _saved(self, entry: Entry, candidate: nn.Module) -> Entry:
+        with self.candidates.timer.part("save"):
+            save_model(entry.path, candidate, entry.plan, entry.metrics, self.inputs)
+        return entry
+
+
 def collect(
-    run_dir: Path,
-    study: optuna.Study,
-    candidates: Candidates,
-    objective: str,
-    has_budget: bool,
-    inputs: Inputs,
-    test: Score | None,
-    reason: str,
-    verification: Verification | None = None,
+    run_dir: Path, study: optuna.Study, judge: Judge, objective: str, has_budget: bool, finalists: int, reason: str
 ) -> Result:
-    """Measure, test and save the front of ``study``; members that miss a budget of latency give way to the next."""
+    """The front of the finalists of ``study``. Those that miss a budget of latency give way to the next.
+
+    Raises:
+        SearchError: no trial was finished, or none holds the latency budget.
+    """
+    candidates = judge.candidates
     trials = list({t.user_attrs["plan"]["fingerprint"]: t for t in reversed(finished(study))}.values())
     if not trials:
         raise SearchError(f"no trial was finished in {run_dir}; {reason or 'allow more time'}")
-    entries = _verified(run_dir, trials, candidates, objective, inputs, verification)
-    entries = [_tested_entry(entry, candidates, inputs, test) for entry in entries]
+    layers = _layers([t for t in trials if PARTLY not in t.user_attrs], len(study.directions) > 1)
+    wanted = finalists if len(study.directions) == 1 else len(layers[0])
+    entries: list[Entry] = []
+    for trial in (trial for layer in layers for trial in layer):
+        if len(entries) == wanted:
+            break
+        entry = judge.final(_entry(run_dir, trial, candidates))
+        if entry is not None:
+            entries.append(entry)
+    if not entries:
+        raise SearchError(
+            f"none of {len(trials)} candidates holds the latency budget when it is measured, or can be scored; search "
+            "on with more trials, raise the budget, or measure on a quieter machine"
+        )
+    front = non_dominated([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
+    entries = [judge.tested(entries[position]) for position in front]
     best = len(entries) - 1
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
@@ -134,68 +199,30 @@ def _dense_latency(entries: Sequence[Entry]) -> dict[str, float]:
     return {"dense_latency_ms": float(np.median([m[LATENCY_MS] / m["latency_ratio"] for m in known]))} if known else {}
 
 
-def _verified(
-    run_dir: Path,
-    trials: Sequence[optuna.trial.FrozenTrial],
-    candidates: Candidates,
-    objective: str,
-    inputs: Inputs,
-    verification: Verification | None,
-) -> list[Entry]:
-    """The non-dominated trials, measured where there is a target: their measured latency decides who is dominated."""
-    entries = {t.number: _entry(run_dir, t, candidates) for t in trials}
-    scores = {t.number: t.values[0] for t in trials}
-    checked: set[int] = set()
-    while entries:
-        numbers = list(entries)
-        costs = [entries[n].metrics[objective] for n in numbers]
-        chosen = [numbers[i] for i in non_dominated([scores[n] for n in numbers], costs)]
-        todo = [number for number in chosen if number not in checked]
-        if verification is None or not todo:
-            return [entries[number] for number in chosen]
-        for number in todo:
-            checked.add(number)
-            entry = entries[number]
-            metrics = dict(entry.metrics)
-            if "latency_ratio" not in metrics:
-                predicted = {PREDICTED_MS: metrics[LATENCY_MS]} if LATENCY_MS in metrics else {}
-                metrics |= predicted | verification.measured(candidates, entry.model())
-            if verification.holds(metrics):
-                entries[number] = replace(entry, metrics=metrics)
-            else:
-                del entries[number]
-    raise SearchError(
-        f"no candidate of {len(trials)} holds the latency budget when it is measured; search on with more trials, "
-        "raise the budget, or measure on a quieter machine"
-    )
+def _layers(trials: Sequence[FrozenTrial], for_front: bool) -> list[list[FrozenTrial]]:
+    """Best first: single trials by their value, or along a front what is left when the better layers are taken away."""
+    if not for_front:
+        return [[trial] for trial in sorted(trials, key=lambda t: -t.values[0])]
+    layers, rest = [], list(trials)
+    while rest:
+        chosen = set(non_dominated([t.values[0] for t in rest], [t.values[1] for t in rest]))
+        layers.append([rest[position] for position in sorted(chosen)])
+        rest = [trial for position, trial in enumerate(rest) if position not in chosen]
+    return layers
 
 
-def planned(space: Space, trial: optuna.trial.FrozenTrial) -> Plan:
+def planned(space: Space, trial: FrozenTrial) -> Plan:
     """The plan that a trial scored."""
     described = trial.user_attrs["plan"]
     return space.plan(described["widths"], described["criterion"])
 
 
-def _entry(run_dir: Path, trial: optuna.trial.FrozenTrial, candidates: Candidates) -> Entry:
+def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
     """As the trial, or an earlier session of the same run, has measured it."""
     plan = planned(candidates.space, trial)
     path = run_dir / "front" / f"trial{trial.number:04d}"
-    metrics = _saved_metrics(path, plan) or {"score": trial.values[0], **trial.user_attrs["costs"]}
-    return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan))
-
-
-def _tested_entry(entry: Entry, candidates: Candidates, inputs: Inputs, test: Score | None) -> Entry:
-    """With its test score, and saved, unless both are so already."""
-    saved = _saved_metrics(entry.path, entry.plan)
-    if saved == dict(entry.metrics) and (test is None or "test" in saved):
-        return entry
-    metrics = dict(entry.metrics)
-    candidate = entry.model()
-    if test is not None:
-        metrics |= _tested(candidates, candidate, test)
-    with candidates.timer.part("save"):
-        save_model(entry.path, candidate, entry.plan, metrics, inputs)
-    return replace(entry, metrics=metrics)
+    metrics = _saved_metrics(path, plan) or {"guide": trial.values[0], **trial.user_attrs["costs"]}
+    return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"))
 
 
 def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:
@@ -204,15 +231,6 @@ def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:
         return read_json(path / METRICS) if read_saved(path)[0]["plan"] == plan.to_json() else None
     except StorageError:
         return None
-
-
-def _tested(candidates: Candidates, model: nn.Module, test: Score) -> dict[str, float]:
-    """A failing test function must not cost the user the models that were found."""
-    try:
-        return {"test": candidates.score(model, test, "test")}
-    except Exception as error:
-        logger.warning("no test score: %s: %s", type(error).__name__, error)
-        return {}
 
 
 def _remove_others(front: Path, names: set[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,46 +12,18 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from ..spaces import Space
-from ..spaces.errors import ConfigError, SearchError, StorageError
+from ..spaces.errors import SearchError, StorageError
 from .saved import read_json, write_json
 
 STUDY_NAME = "prunefront"
+#: Of a score and a cost.
+DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
 #: A lock of the journal that nobody has renewed for so long belongs to a process that was killed.
 LOCK_GRACE_S = 30
-
-#: Above this number of trials CMA-ES finds more in the same time than a Gaussian process.
-GP_TRIALS = 250
-SAMPLERS = ("auto", "gp", "cmaes", "tpe", "nsga2", "random")
-
-
-def make_sampler(name: str, mode: str, n_trials: int, dimensions: int, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's own sampler behind ``name``.
-
-    ``auto`` is gp up to 250 trials and cmaes beyond in budget mode, and univariate tpe in front mode.
-
-    Raises:
-        ConfigError: unknown name, or a sampler that cannot serve the mode.
-    """
-    if name not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
-    if name == "auto" and mode == "front":
-        name = "tpe"
-    if name == "auto":
-        name = "gp" if n_trials <= GP_TRIALS or dimensions == 1 else "cmaes"
-    if name == "cmaes" and mode == "front":
-        raise ConfigError("sampler cmaes has a single objective; with mode=front use tpe, nsga2, gp or random")
-    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
-        # A generation of Optuna's default 50 would leave two generations to a search of 100 trials.
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=max(8, min(50, n_trials // 6)), seed=seed),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }
-    return makers[name]()
 
 
 def storage_of(journal: Path) -> JournalStorage:
@@ -67,8 +40,8 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def open_study(run_dir: Path, mode: str) -> optuna.Study:
-    """Create the study of ``run_dir``, or continue it.
+def open_study(run_dir: Path, metrics: Sequence[str]) -> optuna.Study:
+    """Create the study of ``run_dir``, or continue it. ``metrics``: of a score, and of a cost along a front.
 
     Trials that a dead process left running are marked failed, and their proposals wait to be tried again.
 
@@ -80,9 +53,12 @@ def open_study(run_dir: Path, mode: str) -> optuna.Study:
     study = optuna.create_study(
         storage=storage_of(journal),
         study_name=STUDY_NAME,
-        directions=["maximize"] if mode == "budget" else ["maximize", "minimize"],
+        directions=DIRECTIONS[: len(metrics)],
         load_if_exists=True,
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(metrics))
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)

@@ -17,26 +17,27 @@ from .criteria import Evidence
 from .errors import CalibrationError, ConfigError
 from .groups import Kept
 from .least_squares import ConsumerFits, Ranks
-from .sequential import Targets, record_targets, refit
+from .sequential import EFFORTS, Targets, record_targets, refit
 
 METHODS = ("none", "bn", "bias", "least_squares", "sequential")
 
 
 class Compensation:
-    """Repairs candidates of one model. ``method``: one of :data:`METHODS`, or ``auto``: least_squares where there is
-    calibration data, else none.
+    """Repairs candidates of one model. ``method``: one of :data:`METHODS`, or ``auto``: sequential where there is
+    calibration data, else none. ``sample_bytes``: peak of the dense model's activations of one sample.
 
     Raises:
         ConfigError: an unknown method, or one that needs calibration data and has none.
         CalibrationError: too little data for BatchNorm.
     """
 
-    def __init__(self, evidence: Evidence, method: str) -> None:
+    def __init__(self, evidence: Evidence, method: str, sample_bytes: float = 0.0) -> None:
         if method not in ("auto", *METHODS):
             raise ConfigError(f"unknown compensation {method!r}; expected one of auto, {', '.join(METHODS)}")
-        self._evidence, self.requested = evidence, method
+        self._evidence, self.requested, self._sample_bytes = evidence, method, sample_bytes
+        self._targets: dict[str, Targets] = {}
         has_data = evidence.calibration is not None
-        self.method = method if method != "auto" else "least_squares" if has_data else "none"
+        self.method = method if method != "auto" else "sequential" if has_data else "none"
         if self.method != "none":
             if not has_data:
                 raise ConfigError(
@@ -48,13 +49,13 @@ class Compensation:
         """What takes the place of slices of parameters and buffers, by name: computed without running the model."""
         return self._fits(kept, ranks) if self.method in ("bias", "least_squares") else {}
 
-    def run(self, candidate: nn.Module, kept: Kept) -> None:
-        """What takes a forward pass of the candidate."""
+    def run(self, candidate: nn.Module, kept: Kept, effort: str) -> None:
+        """What takes a forward pass of the candidate. ``effort``: one of :data:`.sequential.EFFORTS`."""
         calibration = self._evidence.calibration
         if calibration is None or self.method == "none":
             return
         if self.method == "sequential":
-            refit(candidate, self._evidence.structure, kept, self._targets, calibration)
+            refit(candidate, self._evidence.structure, kept, self._targets_for(effort), calibration)
         elif batch_norms(candidate):
             recalibrate(candidate, calibration)
 
@@ -63,9 +64,19 @@ class Compensation:
         evidence = self._evidence
         return ConsumerFits(evidence.model, evidence.structure, evidence.statistics, self.method == "least_squares")
 
-    @cached_property
-    def _targets(self) -> Targets:
-        evidence = self._evidence
-        if evidence.calibration is None:
-            raise CalibrationError("no calibration data")
-        return record_targets(evidence.model, evidence.structure, evidence.calibration, evidence.seed)
+    def _targets_for(self, effort: str) -> Targets:
+        if effort not in EFFORTS:
+            raise ConfigError(f"unknown effort {effort!r}; expected one of {', '.join(EFFORTS)}")
+        if effort not in self._targets:
+            evidence = self._evidence
+            if evidence.calibration is None:
+                raise CalibrationError("no calibration data")
+            self._targets[effort] = record_targets(
+                evidence.model,
+                evidence.structure,
+                evidence.calibration,
+                EFFORTS[effort],
+                self._sample_bytes,
+                evidence.seed,
+            )
+        return self._targets[effort]

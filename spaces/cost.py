@@ -114,6 +114,10 @@ class CostModel:
         memory = totals[3:].max() if len(totals) > 3 else 0
         return Cost(int(totals[0]), int(totals[1]), int(memory), int(totals[2]))
 
+    @property
+    def dense(self) -> Cost:
+        return self([np.ones(group.size, dtype=bool) for group in self._groups])
+
     def __call__(self, kept: Kept) -> Cost:
         """The cost of one plan, given the units that stay in every group."""
         blocks = [mask for mask, group in zip(kept, self._groups, strict=True) if group.blocks]

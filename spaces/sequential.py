@@ -30,15 +30,26 @@ from .trace import evaluating
 
 logger = logging.getLogger(__name__)
 
-#: Samples of the pass, and vectors a consumer is fitted on.
-SAMPLES, ROWS = 512, 8192
-#: All targets together take at most this.
+#: All targets together take at most this, and so do the activations of the pass.
 MAX_BYTES = 2 * 2**30
 #: A consumer whose outputs differ by less than this share of their energy from the dense ones is left as it is.
 NEGLIGIBLE = 1e-5
 _SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 _PRODUCTS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 _PASSING = ("dropout", "dropout_", "contiguous", "dropout1d", "dropout2d", "dropout3d")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """``samples`` of the pass, and ``rows``: vectors that a consumer is fitted on."""
+
+    samples: int
+    rows: int
+
+
+#: ``quick`` ranks candidates as ``thorough`` does at a quarter of its time; that repairs the ones to keep
+#: (docs/candidates.md).
+EFFORTS = {"quick": Effort(512, 4096), "thorough": Effort(2048, 32768)}
 
 
 @dataclass
@@ -226,14 +237,16 @@ class _Fit:
 
     def _apply(self, residual: torch.Tensor) -> None:
         call, (cholesky, added) = self.call, self.gram
-        moment = (self.spread.T @ residual).double() + self.moment  # centred rows need no centred residual
+        # Centred rows need no centred residual but for rounding, which a large constant would multiply.
+        mean = residual.mean(0)
+        moment = (self.spread.T @ (residual - mean if self.is_centred else residual)).double() + self.moment
         change = torch.cholesky_solve(moment, cholesky)
         self.moment = added * change  # what of the moment is left
         difference = change.float().T
         weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float() + difference
         call.weight.data.copy_(tensor_like(weight, call.weight, call.in_dim, call.out_dim))
         if call.bias is not None:
-            call.bias.data.add_((residual.mean(0) - difference @ self.means).to(call.bias.dtype))
+            call.bias.data.add_((mean - difference @ self.means).to(call.bias.dtype))
         torch.clear_autocast_cache()  # it holds the weight as it was
 
 
@@ -301,10 +314,21 @@ class Targets:
     by_parameter: dict[str, Target]
 
 
-def record_targets(model: nn.Module, structure: Structure, calibration: Calibration, seed: int = 0) -> Targets:
-    """One pass of the first ``SAMPLES`` samples of ``calibration`` over the dense ``model``."""
-    inputs = first_samples(calibration, SAMPLES)
-    recorder = _Recorder(model, structure, _rows_within_memory(model), seed)
+def record_targets(
+    model: nn.Module,
+    structure: Structure,
+    calibration: Calibration,
+    effort: Effort = EFFORTS["thorough"],
+    sample_bytes: float = 0.0,
+    seed: int = 0,
+) -> Targets:
+    """One pass of the first samples of ``calibration`` over the dense ``model``.
+
+    ``sample_bytes``: peak of the activations of one sample; fewer samples are taken where they need more memory.
+    """
+    samples = min(effort.samples, max(1, int(MAX_BYTES // max(sample_bytes, 1.0))))
+    inputs = first_samples(calibration, samples)
+    recorder = _Recorder(model, structure, _rows_within_memory(model, effort.rows), seed)
     with evaluating(model), torch.no_grad(), calibration.precision(model), recorder:
         inputs.call(model)
     return Targets(model, inputs, recorder.targets)
@@ -352,12 +376,12 @@ def _format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _rows_within_memory(model: nn.Module) -> int:
-    """``ROWS``, or as many as the targets of all parameters have memory for."""
+def _rows_within_memory(model: nn.Module, wanted: int) -> int:
+    """``wanted``, or as many as the targets of all parameters have memory for."""
     outputs = sum(max(parameter.shape[:2]) for parameter in model.parameters() if parameter.dim() > 1)
-    rows = min(ROWS, MAX_BYTES // (2 * 4 * max(outputs, 1)))
-    if rows < ROWS:
-        logger.warning("sequential least squares: %d vectors a layer instead of %d, for memory", rows, ROWS)
+    rows = min(wanted, MAX_BYTES // (2 * 4 * max(outputs, 1)))
+    if rows < wanted:
+        logger.info("sequential least squares: %d vectors a layer instead of %d, for memory", rows, wanted)
     return int(rows)
 
 

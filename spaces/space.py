@@ -35,6 +35,8 @@ from .wrappers import check_model
 logger = logging.getLogger(__name__)
 
 PROOFS = ("auto", "full", "shapes")
+#: ``criterion="auto"`` orders groups of up to so many units by reconstruction.
+RECONSTRUCTED_UNITS = 1024
 #: ``proof="auto"`` proves shapes alone above this: the full proof holds three copies in double precision.
 FULL_PROOF_BYTES = 4 * 2**30
 
@@ -55,6 +57,7 @@ class Space:
         criteria: Sequence[str],
         evidence: Evidence,
         compensation: Compensation,
+        cost: CostModel,
         seconds: Mapping[str, float],
     ) -> None:
         self._model, self._prepared, self._structure = model, prepared, structure
@@ -76,7 +79,7 @@ class Space:
         bounds = [[options.bounds(group) for group in groups] for groups in tied]
         self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
         self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
-        self._cost = CostModel(prepared, structure)
+        self._cost = cost
         self._slicer = Slicer(prepared, structure)
         self._block_groups = [index for index, group in enumerate(structure.groups) if group.blocks]
         names = [group.name for group in structure.groups]
@@ -102,6 +105,11 @@ class Space:
     def compensation(self) -> str:
         """What :meth:`apply` does to a candidate after slicing; see :mod:`.compensation`."""
         return self._compensation.method
+
+    @property
+    def repairs_in_two_efforts(self) -> bool:
+        """Whether ``effort`` makes a difference to :meth:`apply`."""
+        return self.compensation == "sequential"
 
     @property
     def repairs_nothing_by_choice(self) -> bool:
@@ -200,11 +208,14 @@ class Space:
 
     @property
     def dense_cost(self) -> Cost:
-        return self._cost([np.ones(group.size, dtype=bool) for group in self.groups])
+        return self._cost.dense
 
-    def apply(self, plan: Plan) -> nn.Module:
-        """A really smaller model with its own parameters, ready to train: sliced, then :attr:`compensation`."""
-        return self.repair(self.build(plan), plan)
+    def apply(self, plan: Plan, effort: str = "thorough") -> nn.Module:
+        """A really smaller model with its own parameters, ready to train: sliced, then :attr:`compensation`.
+
+        ``effort``: ``thorough``, or ``quick`` for the many candidates that are compared only (sequential fits).
+        """
+        return self.repair(self.build(plan), plan, effort)
 
     def slice(self, plan: Plan) -> nn.Module:
         """The candidate without any repair: its shapes are right, and it equals the masked dense model."""
@@ -215,9 +226,9 @@ class Space:
         kept, (ranking, _) = self._kept(plan), self._prefix(plan)
         return self._slicer(kept, self._compensation.weights(kept, None if ranking is None else ranking.ranks))
 
-    def repair(self, candidate: nn.Module, plan: Plan) -> nn.Module:
+    def repair(self, candidate: nn.Module, plan: Plan, effort: str = "thorough") -> nn.Module:
         """The part of :meth:`apply` that runs ``candidate``, and changes it: BatchNorm statistics, sequential fits."""
-        self._compensation.run(candidate, self._kept(plan))
+        self._compensation.run(candidate, self._kept(plan), effort)
         return candidate
 
     def mask(self, plan: Plan) -> nn.Module:
@@ -279,7 +290,7 @@ def discover(
     model: nn.Module,
     example_inputs: Any,
     *,
-    criterion: str | Sequence[str] = "l1",
+    criterion: str | Sequence[str] = "auto",
     calibration: Iterable[Any] | Calibration | None = None,
     compensation: str = "auto",
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -299,10 +310,11 @@ def discover(
     ``example_inputs``: a tensor, a tuple of arguments, or a mapping of keyword arguments; costs refer to these inputs,
     and of a forward that decides by its data the branch that they take is the one that is seen. ``kinds``, ``include``,
     ``exclude``, ``min_ratio``, ``max_ratio``, ``round_to``, ``uniform``: see :class:`.options.Options`.
-    ``criterion``: which units stay, one of :data:`.criteria.CRITERIA` or several to choose from. ``calibration``:
+    ``criterion``: which units stay, one of :data:`.criteria.CRITERIA` or several to choose from, or ``auto``:
+    reconstruction where there is calibration data and no group has more than 1,024 units, else l1. ``calibration``:
     batches of training data, readable again and again, for criteria and compensation; ``loss(output, batch)``: for
     those that take gradients, see :class:`.calibration.Calibration`; ``autocast``: run in this type. ``compensation``:
-    how candidates are repaired, one of :data:`.compensation.METHODS`, or ``auto``: least_squares where there is
+    how candidates are repaired, one of :data:`.compensation.METHODS`, or ``auto``: sequential where there is
     calibration data, else none.
     ``proof``: ``full`` compares numbers, ``shapes`` only runs pruned shapes without numbers (for models on the meta
     device, or too large for three copies in double precision), ``auto`` chooses by the model's size and device.
@@ -315,7 +327,7 @@ def discover(
         CalibrationError: calibration data cannot be read twice, or is too little for BatchNorm.
     """
     criteria = [criterion] if isinstance(criterion, str) else list(criterion)
-    if unknown := [name for name in criteria if name not in CRITERIA] or not criteria:
+    if unknown := [name for name in criteria if name not in CRITERIA and criteria != ["auto"]] or not criteria:
         raise ConfigError(f"unknown criterion {unknown}; expected some of {', '.join(CRITERIA)}")
     options = Options(kinds, tuple(include), tuple(exclude), min_ratio, max_ratio, round_to, uniform)
     if proof not in PROOFS:
@@ -343,8 +355,18 @@ def discover(
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in structure.frozen[:5])
         raise EmptySpaceError(f"nothing in this model can be pruned ({reasons or 'no weights were used'})")
     evidence = Evidence(prepared, structure, calibration, seed)
-    repair = Compensation(evidence, compensation)
-    return Space(model, prepared, structure, options, criteria, evidence, repair, seconds)
+    cost = CostModel(prepared, structure)
+    samples = max(1, *(len(tensor) for tensor in inputs.tensors()[:1] if tensor.dim()))
+    repair = Compensation(evidence, compensation, cost.dense.memory_bytes / samples)
+    if criteria == ["auto"]:
+        criteria = [_best_criterion(evidence)]
+    return Space(model, prepared, structure, options, criteria, evidence, repair, cost, seconds)
+
+
+def _best_criterion(evidence: Evidence) -> str:
+    """What wins in docs/candidates.md, where its time (the cube of a group's size) is worth it."""
+    small = max(group.size for group in evidence.structure.groups) <= RECONSTRUCTED_UNITS
+    return "reconstruction" if evidence.calibration is not None and small else "l1"
 
 
 def _orders(scores: Iterable[NDArray[np.float64]]) -> list[NDArray[np.intp]]:

@@ -21,8 +21,9 @@ class Task:
     example_inputs: Any
     #: Batches of training data, readable again and again: they repair candidates.
     calibration: Iterable[Any] | None
-    #: Higher is better; on data that is neither training nor test data.
-    score: Callable[[nn.Module], float]
+    #: Higher is better; on data that is neither training nor test data. None: fidelity to the dense model's outputs.
+    #: A :class:`...search.SampleScore` lets the search give up losers early.
+    score: Callable[[nn.Module], float] | None
     #: The same on test data; called for the dense model and the front only.
     test: Callable[[nn.Module], float] | None = None
     #: What the two numbers are, for tables and reports.
@@ -33,13 +34,6 @@ class Task:
     autocast: torch.dtype | None = None
     #: ``make_model`` trains: a continued run takes its dense model from the run instead.
     trains: bool = False
-
-
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
-    """Share of right answers. ``images (n, channels, height, width)``, ``labels (n,)``."""
-    with torch.inference_mode():
-        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in batches) / len(labels)
 
 
 def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from ...search.scores import accuracy
 from ...spaces.errors import ConfigError
-from .base import Task, accuracy, cross_entropy
+from .base import Task, cross_entropy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = (20, 56)
@@ -58,7 +59,7 @@ class CifarResNet(nn.Module):
         return self.linear(out.mean(dim=(2, 3)))
 
 
-def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: int = 1024, seed: int = 0) -> Task:
+def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: int = 2048, seed: int = 0) -> Task:
     """The weights have seen all training images: candidates are scored on the even test images, the front on the odd.
 
     ``data`` is the folder with ``cifar10_jpeg.npz`` and ``resnet<depth>_cifar10.safetensors``; by default that of the
@@ -86,8 +87,8 @@ def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: i
         example_inputs=(test[:1],),
         calibration=list(zip(calibration.split(256), calibration_labels.split(256), strict=True)),
         loss=cross_entropy,
-        score=partial(accuracy, images=test[::2].clone(), labels=test_labels[::2]),
-        test=partial(accuracy, images=test[1::2].clone(), labels=test_labels[1::2]),
+        score=accuracy(test[::2].clone(), test_labels[::2]),
+        test=accuracy(test[1::2].clone(), test_labels[1::2]),
         score_name="accuracy",
         autocast=torch.bfloat16,
     )

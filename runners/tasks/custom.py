@@ -24,7 +24,8 @@ def custom(
     autocast: str | None = None,
 ) -> Task:
     """``score`` and ``test`` name functions of a model (``my_module.accuracy``), ``loss`` one of an output and a
-    calibration batch; the rest are instances.
+    calibration batch; the rest are instances. Without ``score`` it is the fidelity to the dense model's outputs on
+    ``calibration``, which needs no labels.
 
     ``example_inputs`` is a tensor, a sequence of them, or a mapping of keyword arguments; without it, the first sample
     of ``calibration``.
@@ -37,14 +38,12 @@ def custom(
             f"task.model must make a torch.nn.Module, not {type(model).__name__}; "
             "set task.model._target_=my_module.MyModel (a class or a function) and its arguments task.model.<name>=..."
         )
-    if score is None:
-        raise ConfigError("task.score is not set; name a function of a model, such as task.score=my_module.accuracy")
     return Task(
         make_model=lambda: model,
         example_inputs=_inputs(example_inputs, calibration),
         calibration=calibration,
         loss=None if loss is None else _function(loss, "loss"),
-        score=_function(score, "score"),
+        score=None if score is None else _function(score, "score"),
         test=None if test is None else _function(test, "test"),
         score_name=score_name,
         autocast=None if autocast is None else _dtype(autocast),

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .base import Task, accuracy, cross_entropy
+from ...search.scores import accuracy
+from .base import Task, cross_entropy
 
 
 class Block(nn.Module):
@@ -53,8 +54,8 @@ def digits(width: int = 16, epochs: int = 20, seed: int = 0) -> Task:
         example_inputs=(train[0][:1],),
         calibration=list(zip(*(values[:512].split(256) for values in train), strict=True)),
         loss=cross_entropy,
-        score=partial(accuracy, images=search[0], labels=search[1]),
-        test=partial(accuracy, images=test[0], labels=test[1]),
+        score=accuracy(*search),
+        test=accuracy(*test),
         score_name="accuracy",
         trains=True,
     )

@@ -137,7 +137,7 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["measure", "target=torch", "target.precision=int3"], "unknown precision"),
         (["search", "task=custom"], "task.model must make"),
         (["search", "task=custom", "task.model._target_=torch.nn.Nothing"], "torch.nn.Nothing"),
-        (["search", "task=custom", "task.model._target_=torch.nn.Identity"], "task.score is not set"),
+        (["search", "task=custom", "task.model._target_=torch.nn.Identity"], "task.example_inputs is not set"),
         (["search", "task=cifar_resnet", "task.data=nowhere"], "PRUNEFRONT_DATA"),
         (["search", "resume=nowhere"], "no run of the search command"),
         (["search", "-m", "resume=nowhere"], "does not go with -m"),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import prunefront
-from prunefront.runners.tasks.base import accuracy
+from prunefront.search.scores import accuracy
 from prunefront.runners.tasks.cifar_resnet import MEAN, STD, CifarResNet, cifar_resnet
 from prunefront.runners.tasks.custom import custom
 from prunefront.runners.tasks.digits import DigitsNet, digits, splits
@@ -81,9 +81,9 @@ def test_every_task_can_be_searched(task, tmp_path):
 
 def test_cifar_images_are_decoded_normalised_and_split_by_parity(cifar_folder):
     task = cifar_resnet(20, str(cifar_folder), calibration_images=140)
-    search, test = task.score.keywords, task.test.keywords
-    assert search["labels"].tolist() == [0, 2, 4, 6, 8, 0] and test["labels"].tolist() == [1, 3, 5, 7, 9, 1]
-    third = test["images"][2] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    (_, search_labels), (test_images, test_labels) = task.score.batches[0], task.test.batches[0]
+    assert search_labels.tolist() == [0, 2, 4, 6, 8, 0] and test_labels.tolist() == [1, 3, 5, 7, 9, 1]
+    third = test_images[2] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     assert torch.allclose(third.mean(dim=(1, 2)) * 255, torch.tensor([5.0, 10.0, 100.0]), atol=2)
     assert sum(len(images) for images, _ in task.calibration) == 140
 
@@ -103,7 +103,7 @@ def test_digits_training_learns_and_is_reproducible():
 
 def test_accuracy_counts_right_answers():
     images, labels = torch.eye(5), torch.tensor([0, 1, 2, 0, 0])
-    assert accuracy(torch.nn.Identity(), images, labels, batch_size=2) == pytest.approx(3 / 5)
+    assert accuracy(images, labels, batch_size=2)(torch.nn.Identity()) == pytest.approx(3 / 5)
 
 
 def test_bad_tasks(cifar_folder, tmp_path):

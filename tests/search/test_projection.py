@@ -9,7 +9,7 @@ from torch import nn
 
 import prunefront
 from prunefront.search import parse_budget
-from prunefront.search.projection import project_widths
+from prunefront.search.projection import Projector
 from prunefront.spaces.errors import BudgetError, PlanError
 
 
@@ -35,7 +35,7 @@ def test_projected_plans_hold_the_budget_and_cannot_grow(space, budget):
     limits = parse_budget(budget, space.dense_cost)
     generator = np.random.default_rng(0)
     for _ in range(50):
-        widths = project_widths(space, limits, np.exp(generator.normal(size=len(space.groups))))
+        widths = Projector(space, limits).fill(np.exp(generator.normal(size=len(space.groups))))
         cost = space.cost(space.plan(dict(zip([g.name for g in space.groups], map(int, widths), strict=True))))
         found = np.array([cost.macs, cost.params, cost.memory_bytes, cost.size_bytes])
         assert (found <= np.array(limits.values[:4])).all()

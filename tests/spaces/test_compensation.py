@@ -112,7 +112,9 @@ def ridge_fit(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, kept, centr
 @pytest.mark.parametrize("arbitrary", [False, True])
 def test_linear_fit_equals_an_independent_solution(arbitrary):
     model, x = made(Perceptron), torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
-    space = prunefront.discover(model, x[:1], calibration=[x[:150], x[150:]])
+    space = prunefront.discover(
+        model, x[:1], calibration=[x[:150], x[150:]], criterion="l1", compensation="least_squares"
+    )
     plan = space.plan({"first": 5})
     if arbitrary:
         plan = prunefront.Plan.of({"first": [0, 3, 4, 9]})
@@ -128,7 +130,9 @@ def test_linear_fit_equals_an_independent_solution(arbitrary):
 @pytest.mark.parametrize("norm", [False, True])
 def test_convolution_fit_equals_an_independent_solution(norm):
     model, batches = made(Convolutions, norm), images()
-    space = prunefront.discover(model, batches[0][:1], calibration=batches)
+    space = prunefront.discover(
+        model, batches[0][:1], calibration=batches, criterion="l1", compensation="least_squares"
+    )
     plan = space.plan({"first": 3})
     kept = dict(plan.kept)["first"]
     with torch.no_grad():
@@ -229,7 +233,7 @@ def test_blocks_can_be_taken_out_and_the_model_is_left_as_it_was(method):
 def test_the_sum_is_fitted_where_an_output_is_added_to_a_stream():
     model, batches = made(Residual), images()
     space = prunefront.discover(model, batches[0][:1], calibration=batches, compensation="sequential")
-    targets = space._compensation._targets.by_parameter
+    targets = space._compensation._targets_for("thorough").by_parameter
     assert {name for name, target in targets.items() if target.others is not None} == {
         f"blocks.{i}.conv2.weight" for i in range(3)
     }

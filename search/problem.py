@@ -1,0 +1,104 @@
+"""What a study searches: its parameters, and the plan that stands for their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from ..spaces import Plan, Space
+from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits
+from .latency import LatencyModel
+from .projection import Projector, named_widths
+
+#: Proposals are relative keep shares in this range; only their proportions matter, since they are projected.
+SHARES = (0.1, 1.0)
+#: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
+COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
+#: The name of the dimension that chooses among several criteria.
+CRITERION = "criterion"
+#: Latency as a cost: predicted by a model until it is measured.
+LATENCY_MS = "latency_ms"
+#: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
+COLUMNS = ("macs", "params", "memory_bytes", "size_bytes", LATENCY_MS)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One share a dimension of ``space``, projected onto ``limits``.
+
+    ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at is one more parameter, and
+    so is the criterion where the space has several.
+    """
+
+    space: Space
+    limits: Limits
+    objective: str
+    for_front: bool = False
+    latency: LatencyModel | None = None
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        found: dict[str, BaseDistribution] = {
+            name: FloatDistribution(*SHARES, log=True) for name in self.space.dimensions
+        }
+        if self.for_front:
+            low, high = self.cost_shares
+            found[COST_SHARE] = FloatDistribution(low, high, log=True)
+        if len(self.space.criteria) > 1:
+            found[CRITERION] = CategoricalDistribution(self.space.criteria)
+        return found
+
+    def plan(self, parameters: Mapping[str, Any]) -> tuple[Plan, dict[str, float]]:
+        """The plan of the values of the parameters, and its costs."""
+        shares = np.array([float(parameters[name]) for name in self.space.dimensions])
+        criterion = str(parameters.get(CRITERION, self.space.criteria[0]))
+        widths = self.projector(parameters.get(COST_SHARE)).fill(shares, criterion)
+        plan = self.space.plan(named_widths(self.space, widths), criterion)
+        cost: dict[str, float] = asdict(self.space.cost(plan))
+        if self.latency is not None:
+            cost[LATENCY_MS] = float(self.latency.ratios(widths[None], criterion)[0]) * self.latency.dense_ms
+        return plan, cost
+
+    def projector(self, cost_share: float | None = None) -> Projector:
+        """Onto the limits, with that of the objective at ``cost_share`` of the dense cost."""
+        limits = self.limits
+        if cost_share is not None:
+            _, dense, smallest = self._bounds
+            # The exact bound where the share is at its end: a product may fall a rounding error short of it.
+            limits = limits.replace(self._column, max(cost_share * dense, smallest))
+        return Projector(self.space, limits, self.latency)
+
+    def holds(self, widths: NDArray[np.integer], criterion: str) -> bool:
+        return bool(self.projector().excess(widths[None], criterion)[0] <= 0)
+
+    @cached_property
+    def cost_shares(self) -> tuple[float, float]:
+        """The range of the share of the dense cost."""
+        _, dense, smallest = self._bounds
+        highest = min(1.0, self.limits.values[self._column] / dense)
+        return min(max(SMALLEST_SHARE, smallest / dense), highest), highest
+
+    @property
+    def _column(self) -> int:
+        return COLUMNS.index(self.objective)
+
+    @cached_property
+    def _bounds(self) -> tuple[int, float, float]:
+        """The column of the objective, and its dense and smallest values; those of latency are ratios."""
+        column, least = self._column, self.space.smallest_widths()[None]
+        if column == LATENCY_COLUMN:
+            assert self.latency is not None
+            return column, 1.0, float(self.latency.ratios(least)[0])
+        return column, asdict(self.space.dense_cost)[self.objective], float(self.space.cost_batch(least)[0][column])
+
+
+def objective_of(budget: Mapping[str, Any] | None) -> str:
+    """The cost that the front trades against the score: that of the first budget, macs without one."""
+    first = next(iter(budget)) if budget else "macs"
+    return LATENCY_MS if first == LATENCY else COLUMNS[KEYS[first][0]]

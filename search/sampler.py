@@ -1,0 +1,193 @@
+"""The sampler that knows the budget: it compares plans on its surface, by their real widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import norm
+
+from .problem import COST_SHARE, CRITERION, SHARES, Problem
+from .projection import Projector
+from .surrogate import Surrogate
+
+Array = NDArray[np.float64]
+
+#: Trials before the first fit, and the spread of the logarithms of their shares around equal ones.
+FIRST_TRIALS, FIRST_SPREAD = 12, 0.3
+#: Plans that a fit takes in: the nearest in cost, the best and the latest ones.
+MOST_TRIALS = 400
+#: Proposals compared in a round, and plans that the next round starts from.
+POOL, CENTRES = 256, 5
+#: Spreads of the changes of a round, and how many of the dimensions are changed.
+_ROUNDS = ((0.03, 0.08, 0.2, 0.4), (0.02, 0.05, 0.1), (0.02, 0.05, 0.1))
+_CHANGED = (0.1, 0.3, 1.0)
+_GOLDEN = (np.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Plans with their ``values (plans,)``: ``widths (plans, dimensions)``, ``criteria (plans,)`` as indices."""
+
+    widths: NDArray[np.int64]
+    criteria: NDArray[np.int64]
+    values: Array
+
+    @classmethod
+    def of(cls, problem: Problem, trials: Iterable[FrozenTrial]) -> Scored:
+        rows, criteria, values = [], [], []
+        for trial in trials:
+            plan = trial.user_attrs["plan"]
+            rows.append([plan["widths"][groups[0].name] for groups in problem.space.tied_groups])
+            criteria.append(problem.space.criteria.index(plan["criterion"]))
+            values.append(trial.values[0] if trial.values else np.nan)
+        widths = np.array(rows, dtype=np.int64).reshape(len(rows), len(problem.space.dimensions))
+        return cls(widths, np.array(criteria, dtype=np.int64), np.array(values, dtype=float))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __add__(self, other: Scored) -> Scored:
+        return Scored(
+            np.concatenate([self.widths, other.widths]),
+            np.concatenate([self.criteria, other.criteria]),
+            np.concatenate([self.values, other.values]),
+        )
+
+    def __getitem__(self, chosen: Any) -> Scored:
+        return Scored(self.widths[chosen], self.criteria[chosen], self.values[chosen])
+
+
+class SurrogateSampler(BaseSampler):
+    """Bayesian optimisation on the surface of the budget.
+
+    Other samplers see shares, which are projected onto the budget only afterwards, so that many of their proposals are
+    one plan. This one fits a :class:`.surrogate.Surrogate` to the widths of the scored plans, changes some widths of
+    the best ones, projects these proposals onto the budget, and asks for the one of the highest expected improvement
+    (Jones et al. 1998; changing few dimensions at a time is from Regis and Shoemaker 2013). Along a front the share of
+    the cost to aim at follows a sequence that fills its range, and all trials inform each.
+
+    ``earlier``: plans that other runs have scored.
+    """
+
+    def __init__(self, problem: Problem, seed: int, earlier: Scored | None = None) -> None:
+        self.problem, self.seed, self.earlier = problem, seed, earlier
+        self._independent = RandomSampler(seed=seed)
+        self._start: Array | None = None
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.problem.distributions
+
+    def sample_independent(self, study: Any, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self._independent.sample_independent(study, trial, name, distribution)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, trial.number])
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        trials = [t for t in study.get_trials(deepcopy=False, states=states) if "plan" in t.user_attrs]
+        scored = Scored.of(self.problem, [t for t in trials if t.state == TrialState.COMPLETE])
+        scored = scored if self.earlier is None else scored + self.earlier
+        taken = Scored.of(self.problem, trials)
+        cost_share = self._cost_share(trial.number) if self.problem.for_front else None
+        projector = self.problem.projector(cost_share)
+        if len(scored) < FIRST_TRIALS:
+            widths, criterion = self._random(projector, trial.number, rng)
+        else:
+            widths, criterion = self._best(projector, scored, taken, rng)
+        shares = widths / self.problem.space.sizes
+        shares = np.clip(shares / shares.max(), *SHARES)
+        parameters: dict[str, Any] = dict(zip(self.problem.space.dimensions, shares.tolist(), strict=True))
+        if cost_share is not None:
+            parameters[COST_SHARE] = cost_share
+        if CRITERION in search_space:
+            parameters[CRITERION] = self.problem.space.criteria[criterion]
+        return parameters
+
+    def _cost_share(self, number: int) -> float:
+        """Numbers spread evenly, however many: a golden section sequence on the logarithm."""
+        low, high = self.problem.cost_shares
+        return float(np.clip(low * (high / low) ** ((self.seed + number) * _GOLDEN % 1), low, high))
+
+    def _random(self, projector: Projector, number: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
+        criterion = number % len(self.problem.space.criteria)
+        shares = np.exp(FIRST_SPREAD * rng.standard_normal(len(self.problem.space.dimensions)))
+        return projector.fill(shares, self.problem.space.criteria[criterion]), criterion
+
+    def _best(
+        self, projector: Projector, scored: Scored, taken: Scored, rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], int]:
+        space = self.problem.space
+        scored = self._relevant(projector, scored)
+        on_budget = self._projected(projector, scored.widths / space.sizes, scored.criteria)
+        origin = np.log(on_budget[np.argmax(scored.values)] / space.sizes)
+        surrogate = Surrogate(self._points(scored.widths, scored.criteria, origin), scored.values, rng, self._start)
+        self._start = surrogate.hyperparameters
+        means, _ = surrogate.predict(self._points(on_budget, scored.criteria, origin))
+        best = np.argsort(-means)[:CENTRES]
+        incumbent, pool = float(means.max()), Scored(on_budget[best], scored.criteria[best], means[best])
+        known = {(*row, criterion) for row, criterion in zip(taken.widths.tolist(), taken.criteria, strict=True)}
+        centres = pool
+        for spreads in _ROUNDS:
+            widths, criteria = self._changed(projector, centres, spreads, rng)
+            gains = expected_improvement(*surrogate.predict(self._points(widths, criteria, origin)), incumbent)
+            pool = Scored(widths, criteria, gains) if centres is pool else pool + Scored(widths, criteria, gains)
+            pool = pool[np.argsort(-pool.values)]
+            centres = pool[:CENTRES]
+        for widths, criterion in zip(pool.widths, pool.criteria, strict=True):
+            filled = projector.fill(widths / space.sizes, space.criteria[criterion])
+            if (*filled.tolist(), criterion) not in known:
+                return filled, int(criterion)
+        return pool.widths[0], int(pool.criteria[0])  # the space is so small that all of it is known
+
+    def _relevant(self, projector: Projector, scored: Scored) -> Scored:
+        if len(scored) <= MOST_TRIALS:
+            return scored
+        far = np.abs(projector.excess(scored.widths)) if self.problem.for_front else np.zeros(len(scored))
+        latest = np.arange(len(scored))[::-1]
+        ranks = np.minimum(np.argsort(np.argsort(-scored.values)), latest)
+        return scored[np.sort(np.lexsort([ranks, far])[:MOST_TRIALS])]
+
+    def _points(self, widths: NDArray[np.integer], criteria: NDArray[np.int64], origin: Array) -> Array:
+        """What the surrogate sees: logarithms of relative widths from ``origin``, and which criterion it is."""
+        points = np.log(widths / self.problem.space.sizes) - origin
+        count = len(self.problem.space.criteria)
+        return points if count == 1 else np.hstack([points, FIRST_SPREAD * np.eye(count)[criteria]])
+
+    def _changed(
+        self, projector: Projector, centres: Scored, spreads: tuple[float, ...], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``POOL`` plans on the budget near ``centres``."""
+        space = self.problem.space
+        chosen = centres[rng.integers(len(centres), size=POOL)]
+        size = chosen.widths.shape
+        is_changed = rng.random(size) < rng.choice(_CHANGED, size=(POOL, 1))
+        steps = rng.choice(spreads, size=(POOL, 1)) * rng.standard_normal(size) * is_changed
+        criteria = chosen.criteria
+        if len(space.criteria) > 1:
+            anew = rng.random(POOL) < 1 / len(space.criteria)
+            criteria = np.where(anew, rng.integers(len(space.criteria), size=POOL), criteria)
+        return self._projected(projector, chosen.widths / space.sizes * np.exp(steps), criteria), criteria
+
+    def _projected(self, projector: Projector, shares: Array, criteria: NDArray[np.int64]) -> NDArray[np.int64]:
+        widths = np.empty(shares.shape, dtype=np.int64)
+        for index, name in enumerate(self.problem.space.criteria):
+            chosen = criteria == index
+            if chosen.any():
+                widths[chosen] = projector.scale(shares[chosen], name)
+        return widths
+
+
+def expected_improvement(means: Array, deviations: Array, incumbent: float) -> Array:
+    """Of normal variables over ``incumbent``, in the units of ``means``."""
+    z = (means - incumbent) / deviations
+    gain: Array = deviations * (z * norm.cdf(z) + norm.pdf(z))
+    return gain

@@ -1,0 +1,151 @@
+"""Scores that are means over samples: they can be taken on a part of the data, and compared sample by sample.
+
+A search is guided by such a score where there is one; the models that it keeps are scored as the user says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..spaces.errors import ConfigError
+from ..spaces.inputs import Inputs, output_tensors
+from ..spaces.trace import evaluating
+
+#: What a dense model's outputs may take while they are kept for comparison.
+MAX_BYTES = 256 * 2**20
+#: Samples of one part at most, and the share of all in the first one.
+PART, FIRST_SHARE = 500, 0.1
+MEASURES = ("auto", "kl", "mse")
+
+
+class SampleScore:
+    """The mean of ``value(output, batch)``, a tensor ``(samples,)`` for every batch; higher is better.
+
+    A batch is a tensor, a mapping of keyword arguments, or a tuple or list whose first ``arguments`` items are the
+    model's arguments. Called with a model, it is a score like any other function.
+    """
+
+    def __init__(self, batches: Iterable[Any], value: Callable[[Any, Any], torch.Tensor], arguments: int = 1) -> None:
+        self.batches, self._value, self.arguments = list(batches), value, arguments
+        if not self.batches:
+            raise ConfigError("a score needs data, and there are no batches")
+
+    def __call__(self, model: nn.Module) -> float:
+        return float(np.concatenate([self.values(model, part) for part in range(len(self.batches))]).mean())
+
+    def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
+        """Of the samples of one batch, ``(samples,)``."""
+        with evaluating(model), torch.inference_mode():
+            values = self.of_output(inputs_of(self.batches[part], self.arguments).call(model), part)
+        return np.asarray(values.double().cpu().numpy())
+
+    def of_output(self, output: Any, part: int) -> torch.Tensor:
+        return self._value(output, self.batches[part])
+
+    def in_parts(self, samples: int | None = None, seed: int = 0) -> SampleScore:
+        """The same on ``samples`` drawn at random, in parts of which the first is a tenth."""
+        return SampleScore(parts_of(self.batches, samples, seed), self._value, self.arguments)
+
+
+def accuracy(images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> SampleScore:
+    """Share of right answers: ``images (n, ...)``, ``labels (n,)``; the model's output is ``(n, classes)``."""
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return SampleScore(batches, lambda output, batch: output_tensors(output)[0].argmax(dim=1) == batch[1])
+
+
+class Fidelity(SampleScore):
+    """How near a candidate's outputs are to those of ``dense``, without labels: zero is best.
+
+    ``measure="kl"``: minus the Kullback-Leibler divergence of the class probabilities along the last dimension, in
+    nats (Hinton et al. 2015 train on it); for language models the mean over positions. ``"mse"``: minus the squared
+    error relative to the spread of the dense outputs. ``"auto"``: kl for outputs ``(n, classes)`` and those named
+    ``logits``, else mse. Set ``autocast`` around both this and the candidate.
+
+    Raises:
+        ConfigError: no data, or an unknown measure.
+    """
+
+    def __init__(self, dense: nn.Module, batches: Iterable[Any], arguments: int = 1, measure: str = "auto") -> None:
+        if measure not in MEASURES:
+            raise ConfigError(f"unknown measure of fidelity {measure!r}; expected one of {', '.join(MEASURES)}")
+        super().__init__(batches, lambda output, _: output, arguments)
+        with evaluating(dense), torch.inference_mode():
+            outputs = [inputs_of(batch, arguments).call(dense) for batch in self.batches]
+        self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"
+        held = [self._rows(output) for output in outputs]
+        self._scale = 1 / max(float(np.mean([float(rows.var(unbiased=False)) for rows in held])), 1e-12)
+        self._dense = [rows.log_softmax(-1) for rows in held] if self.measure == "kl" else held
+
+    def of_output(self, output: Any, part: int) -> torch.Tensor:
+        rows, dense = self._rows(output), self._dense[part]
+        if rows.shape != dense.shape:
+            raise ValueError(f"the output has the shape {tuple(rows.shape)}, the dense one {tuple(dense.shape)}")
+        if self.measure == "mse":
+            return -self._scale * (rows - dense).square().mean(dim=(1, 2))
+        divergence = F.kl_div(rows.log_softmax(-1), dense, reduction="none", log_target=True)
+        return -divergence.sum(-1).mean(1)
+
+    def _rows(self, output: Any) -> torch.Tensor:
+        """``(samples, positions, size)`` in float32; of many positions as many as there is memory for."""
+        tensor = output_tensors(output)[0].float()
+        rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+        room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
+        return rows[:, :: -(-rows.shape[1] // room)]
+
+
+def inputs_of(batch: Any, arguments: int) -> Inputs:
+    return Inputs.of(tuple(batch[:arguments]) if isinstance(batch, tuple | list) else batch)
+
+
+def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:
+    """``samples`` of the batches (all of them by default), drawn at random, in parts of which the first is a tenth.
+
+    Batches whose samples differ in shape stay as they are, the first ones up to ``samples``.
+    """
+    sizes = [_samples(batch) for batch in batches]
+    if len({_shapes(batch, size) for batch, size in zip(batches, sizes, strict=True)}) > 1:
+        reached = np.cumsum(sizes) - sizes < (samples or sum(sizes))
+        return [batch for batch, wanted in zip(batches, reached, strict=True) if wanted]
+    count = min(samples or sum(sizes), sum(sizes))
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(sum(sizes))[:count])
+    first = max(1, min(PART, round(FIRST_SHARE * count)))
+    parts = [chosen[:first], *chosen[first:].split(PART)] if count > first else [chosen]
+    leaves = zip(*(tree_leaves(batch) for batch in batches), strict=True)
+    pooled = [_pooled(held, sizes[0]) for held in leaves]
+
+    def part(indices: torch.Tensor) -> Any:
+        taken = iter([leaf[indices] if is_pooled else leaf for leaf, is_pooled in pooled])
+        return tree_map(lambda _: next(taken), batches[0])
+
+    return [part(indices) for indices in parts]
+
+
+def _pooled(leaves: tuple[Any, ...], size: int) -> tuple[Any, bool]:
+    """The samples of all batches in one tensor; what is no tensor of samples is taken from the first batch."""
+    first = leaves[0]
+    holds_samples = isinstance(first, torch.Tensor) and first.dim() > 0 and len(first) == size
+    return (torch.cat(leaves), True) if holds_samples else (first, False)
+
+
+def _samples(batch: Any) -> int:
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    if first is None:
+        raise ConfigError(f"a batch of a score must hold a tensor of samples, not {type(batch).__name__}")
+    return len(first)
+
+
+def _shapes(batch: Any, size: int) -> tuple[Any, ...]:
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    return tuple((tuple(leaf.shape[1:]), leaf.dim() > 0 and len(leaf) == size) for leaf in leaves)
+
+
+def _are_logits(output: Any) -> bool:
+    return (isinstance(output, Mapping) and "logits" in output) or output_tensors(output)[0].dim() == 2
