@@ -22,6 +22,7 @@ from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
 from ..search.engine import objective_of
+from ..search.fitting import described_error, limits_of
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.saved import METRICS, read_json, save_model
@@ -57,7 +58,10 @@ def search(config: DictConfig) -> float:
         if timing is None:
             raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
         with console.status("measuring latency"):
-            latency = timing.model(space, Inputs.of(task.example_inputs))
+            near = budget if config.mode == "budget" else None
+            latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
+        off_by = described_error(latency, limits_of(space, near, latency))
+        console.print(f"latency is predicted from {len(latency.measured)} plans, off by {off_by}", style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
     write_report(run_dir)
@@ -128,6 +132,8 @@ def timing_of(config: DictConfig) -> Timing | None:
         limit_s=options.limit_s,
         settings=Settings(tolerance=options.tolerance, limit_s=options.measurement_s, seed=config.seed),
         cache=Path(options.cache).expanduser(),
+        batch_size=options.batch_size,
+        input_shapes=_plain(options.input_shapes),
     )
 
 

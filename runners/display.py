@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..search.latency import LatencyModel
+from ..search.latency import Failed, LatencyModel
 from ..search.study import finished
 from ..spaces import Space
 from ..spaces.groups import Frozen, Group
@@ -385,8 +386,15 @@ def latency_view(model: LatencyModel, target: Mapping[str, Any]) -> RenderableTy
         ratio = model.measured[row].ratio
         table.add_row(f"{macs[row]:.1%}", f"{ratio:.1%}", f"{predicted[row]:.1%}", f"{predicted[row] / ratio - 1:+.1%}")
     facts = ", ".join(f"{key} {value}" for key, value in target.items() if value is not None)
-    summary = (
+    summary = _failures(model.known.failed) + (
         f"{facts}\ndense model {model.dense_ms:.3g} ms; predictions are off by {model.error:.1%} on average in "
         f"cross-validation, Kendall's tau {model.tau:.2f}, from {len(widths)} plans"
     )
     return Lines(table, Text(summary))
+
+
+def _failures(failed: Sequence[Failed]) -> str:
+    """A line for each reason; empty where nothing failed."""
+    reasons = Counter(plan.reason for plan in failed)
+    lines = [f"{count} more cannot be measured: {reason}\n" for reason, count in reasons.most_common()]
+    return "".join(lines) + ("refresh=true tries them again\n" if failed else "")

@@ -103,6 +103,9 @@ def search(
         raise ConfigError(f"n_trials must be at least 1, not {n_trials}")
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    inputs = Inputs.of(example_inputs)
+    if timing is not None:
+        timing.check(model, inputs)
     if space is None:
         space = discover(
             model,
@@ -123,11 +126,10 @@ def search(
         )
     empty = mode == "front"
     parse_budget(budget or {}, space.dense_cost, empty)  # a typing error is told before anything is measured
-    inputs = Inputs.of(example_inputs)
     if LATENCY in (budget or {}) and latency is None:
         if timing is None:
             raise ConfigError("a latency budget needs timing=, the target to measure on")
-        latency = timing.model(space, inputs)
+        latency = timing.model(space, inputs, budget=budget if mode == "budget" else None)
     dense_ms = None if latency is None else latency.dense_ms
     limits = parse_budget(budget or {}, space.dense_cost, empty, dense_ms)
     check_reachable(space, limits)
