@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..search.fitting import described_error, limits_of
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.saved import METRICS, read_json, save_model
+from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
@@ -33,7 +35,7 @@ from ..spaces.errors import ConfigError, PrunefrontError, SearchError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .check import check_model
-from .display import SearchProgress, console, errors, front_table, latency_view, space_view
+from .display import SearchProgress, console, errors, front_table, latency_view, space_view, stairs_view
 from .report import read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
@@ -252,6 +254,8 @@ def described_space(space: Space) -> dict[str, Any]:
 
 def measure(config: DictConfig) -> None:
     """Measure plans of a model on a target until their latency can be predicted, and show how well it can."""
+    if config.steps and config.refresh:
+        raise ConfigError("steps=true keeps nothing to refresh; leave one of them out")
     status = nullcontext() if config.json else errors.status("measuring latency")
     timing = timing_of(config)
     if timing is None:
@@ -259,11 +263,26 @@ def measure(config: DictConfig) -> None:
     with redirect_stdout(sys.stderr), status:
         task = make_task(config)
         found = discover_for(task, task.make_model().eval(), config)
-        model = timing.model(found, Inputs.of(task.example_inputs), refresh=config.refresh)
-    if config.json:
+        inputs = Inputs.of(task.example_inputs)
+        if config.steps:
+            stairs = timing.stairs(found, inputs)
+        else:
+            model = timing.model(found, inputs, refresh=config.refresh)
+    if config.steps:
+        show_stairs(stairs, timing, config.json)
+    elif config.json:
         print(json.dumps({**model.to_json(), "target": dict(timing.target.description)}, indent=1))
     else:
         console.print(latency_view(model, timing.target.description))
+
+
+def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None:
+    if as_json:
+        described = [found.to_json() for found in stairs]
+        target = dict(timing.target.description)
+        print(json.dumps({"steps": described, "override": override(stairs), "target": target}, indent=1))
+    else:
+        console.print(stairs_view(stairs, timing.target.description))
 
 
 def front(config: DictConfig) -> None:

@@ -174,6 +174,7 @@ class Measure:
     target: Any = MISSING
     latency: Latency = field(default_factory=Latency)
     refresh: bool = False
+    steps: bool = False
     seed: int = 0
     json: bool = False
 

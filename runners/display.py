@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..search.latency import Failed, LatencyModel
+from ..search.stairs import LEAST_WIDTHS, PERIODS, Stairs, override
 from ..search.study import finished
 from ..spaces import Space
 from ..spaces.groups import Frozen, Group
@@ -398,3 +399,37 @@ def _failures(failed: Sequence[Failed]) -> str:
     reasons = Counter(plan.reason for plan in failed)
     lines = [f"{count} more cannot be measured: {reason}\n" for reason, count in reasons.most_common()]
     return "".join(lines) + ("refresh=true tries them again\n" if failed else "")
+
+
+#: Lines of a chart of latency against width.
+CHART_LINES = 6
+
+
+def stairs_view(found: Sequence[Stairs], target: Mapping[str, Any]) -> RenderableType:
+    """Latency against width, how well steps of any period explain it, and what to search with."""
+    if not found:
+        return Text(f"no group of this space has {LEAST_WIDTHS} widths: there are no steps to be seen")
+    table = Table(title="error of held-out times, in % of the dense model, with steps of so many units")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("group", overflow="fold")
+    for name in ("none", *map(str, PERIODS[1:]), "round_to"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stairs in found:
+        errors = [f"{100 * stairs.errors[period]:.2f}" for period in PERIODS]
+        table.add_row(stairs.kind, stairs.dimension, *errors, str(stairs.round_to))
+    charts = [Text(f"\nlatency of {stairs.dimension} against its width\n{_chart(stairs)}") for stairs in found]
+    facts = ", ".join(f"{key} {value}" for key, value in target.items() if value is not None)
+    return Lines(table, *charts, Text(f"\n{facts}\nsearch with: '{override(found)}'"))
+
+
+def _chart(stairs: Stairs) -> str:
+    """A column a width, in eighths of a line."""
+    low, high = min(stairs.ratios), max(stairs.ratios)
+    heights = [round((ratio - low) / max(high - low, 1e-9) * 8 * CHART_LINES) for ratio in stairs.ratios]
+    lines = []
+    for line in reversed(range(CHART_LINES)):
+        label = {CHART_LINES - 1: f"{high:.1%}", 0: f"{low:.1%}"}.get(line, "")
+        columns = "".join(" ▁▂▃▄▅▆▇█"[min(max(height - 8 * line, 0), 8)] for height in heights)
+        lines.append(f"{label:>7} {columns}".rstrip())
+    first, last = str(stairs.widths[0]), str(stairs.widths[-1])
+    return "\n".join([*lines, f"{'':7} {first}{last:>{max(len(heights) - len(first), 1)}}"])

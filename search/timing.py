@@ -22,6 +22,7 @@ from .latency import LatencyModel, Measurements
 from .measurement import Measurement, Settings, Target, side_by_side
 from .saved import read_json, write_json
 from .shapes import check_inputs, inputs_at
+from .stairs import LEAST_WIDTHS, Stairs, stair_widths
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,28 @@ class Timing:
                 if isinstance(outcome, Measurement):
                     dense_ms.append(outcome.median_ms / outcome.ratio)
         return found, float(np.median(dense_ms)) if dense_ms else None
+
+    def stairs(self, space: Space, inputs: Inputs) -> list[Stairs]:
+        """Latency against the width of the most expensive dimension of every kind, see :mod:`.stairs`.
+
+        Raises:
+            TargetError: the target cannot measure the dense model, or too few candidates.
+            ConfigError: see :meth:`check`.
+        """
+        self.check(space.model, inputs)
+        found = []
+        kinds = {name: groups[0].kind for name, groups in zip(space.dimensions, space.tied_groups, strict=True)}
+        sizes = dict(zip(space.dimensions, space.sizes.tolist(), strict=True))
+        for name, widths in stair_widths(space).items():
+            # In random order: a machine that gets slower must not look like a slope.
+            shuffled = np.random.default_rng(self.settings.seed).permutation(widths).tolist()
+            outcomes, _ = self.measured(space, inputs, [space.plan({name: width}) for width in shuffled])
+            ratios = {w: outcome for w, outcome in zip(shuffled, outcomes, strict=True) if not isinstance(outcome, str)}
+            if len(ratios) < LEAST_WIDTHS:
+                raise TargetError(f"only {len(ratios)} widths of {name} could be measured; the warnings above say why")
+            kept = sorted(ratios)
+            found.append(Stairs.of(kinds[name], name, sizes[name], kept, [ratios[width] for width in kept]))
+        return found
 
     def verify(self, dense: nn.Module, candidate: nn.Module, inputs: Inputs) -> Measurement | None:
         """A candidate beside the dense model, twice as long as other measurements; None if it fails."""

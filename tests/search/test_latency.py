@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import prunefront
+from prunefront.runners.display import latency_view
 from prunefront.search.budget import parse_budget
 from prunefront.search.fitting import spread_plans
 from prunefront.search.latency import LatencyModel, Measured, Measurements
@@ -115,6 +117,10 @@ def test_reasons_of_failures_are_kept_and_failed_plans_are_not_tried_again(space
     assert target.measured == measured and again.known == first.known
     described = json.loads(json.dumps(first.to_json()))["failed"]
     assert described == [[list(plan.widths), plan.reason] for plan in first.known.failed]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(latency_view(first, target.description))
+    assert "more cannot be measured: kernels of width 1 hang" in shown.get() and "refresh=true" in shown.get()
     timing.model(space, prunefront_inputs(), refresh=True)
     assert target.measured > measured
 
