@@ -47,7 +47,7 @@ class CommandTarget:
             arrays = paths[0].with_name("inputs.npz")
             write_arrays(arrays, named_arrays(inputs))
             facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
-            # The program warms up by itself: a run more is a start of a process more.
+            # The program warms up and repeats by itself: a run more is a start of a process more.
             options = {**asdict(settings), "warm_up_s": 0.0}
             return protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options), facts
 
