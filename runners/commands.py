@@ -23,7 +23,7 @@ from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
 from ..search.engine import objective_of
-from ..search.fitting import described_error, limits_of
+from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.saved import METRICS, read_json, save_model
@@ -62,8 +62,8 @@ def search(config: DictConfig) -> float:
         with console.status("measuring latency"):
             near = budget if config.mode == "budget" else None
             latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
-        off_by = described_error(latency, limits_of(space, near, latency))
-        console.print(f"latency is predicted from {len(latency.measured)} plans, off by {off_by}", style="dim")
+        told = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
+        console.print(told, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
     write_report(run_dir)

@@ -65,7 +65,7 @@ def fit_latency(
 ) -> LatencyModel:
     """Measure plans until the cross-validated error is at most ``error``, or ``most`` plans or ``limit_s`` are used up.
 
-    With a ``budget`` every second round is of plans near it, and the error must be as small on those; one such round is
+    With a ``budget`` two rounds of three are of plans near it, which must be predicted as well; one such round is
     measured beyond ``most``, since ``known`` plans may all be far from it. ``known``: what was measured before;
     ``keep`` is called with everything that is known after every few plans.
 
@@ -77,10 +77,10 @@ def fit_latency(
     # In a small space many points are one plan.
     spread = list(dict.fromkeys(map(tuple, spread_plans(space, 4 * most, seed).tolist())))[:most]
 
-    def measured(rows: Sequence[tuple[int, ...]]) -> Measurements:
+    def measured(rows: Sequence[tuple[int, ...]], model: LatencyModel | None = None) -> Measurements:
         now = held
         for start in range(0, len(rows), TOGETHER):
-            now = _with(now, space, measure, rows[start : start + TOGETHER])
+            now = _with(now, space, measure, rows[start : start + TOGETHER], model)
             if keep is not None:
                 keep(now)
         return now
@@ -89,62 +89,66 @@ def fit_latency(
         if not held.measured and len(held.failed) >= FIRST:
             break
         held = measured(rows[: FIRST - len(held.measured)])
-    model = _fitted(space, held)
+    model, limits = _fitted(space, held, budget)
     for number in itertools.count():
-        near = limits_of(space, budget, model)
-        if _is_good(model, near, error) or time.monotonic() > deadline:
+        if _is_good(model, limits, error) or time.monotonic() > deadline:
             break
         left = most - len(held.seen)
         rows = []
-        if near is not None and number % 2 == 0 and (left > 0 or (number == 0 and model.error_near(near) is None)):
-            rows = _unseen(map(tuple, near_plans(space, near, model, STEP, seed + len(held.seen)).tolist()), held)
+        if limits is not None and number % 3 != 2 and (left > 0 or (number == 0 and model.error_near is None)):
+            rows = _unseen(map(tuple, near_plans(space, limits, model, STEP, seed + len(held.seen)).tolist()), held)
         if not rows and left > 0:
             rows = _unseen(spread, held)
         if not rows:
             break
-        held = measured(rows[: min(STEP, left) if left > 0 else STEP])
-        model = _fitted(space, held)
-    if not _is_good(model, near, error):
-        told = f"the latency model errs by {described_error(model, near)} after {len(held.measured)} measured plans"
+        held = measured(rows[: min(STEP, left) if left > 0 else STEP], model)
+        model, limits = _fitted(space, held, budget)
+    if not _is_good(model, limits, error):
+        told = f"the latency model errs by {described_error(model)} after {len(held.measured)} measured plans"
         logger.warning("%s, more than the wanted %.1f %%", told, 100 * error)
     return model
 
 
-def limits_of(space: Space, budget: Mapping[str, Any] | None, model: LatencyModel) -> Limits | None:
-    """The limits of a budget, None without one."""
-    return parse_budget(budget, space.dense_cost, dense_ms=model.dense_ms) if budget else None
-
-
-def described_error(model: LatencyModel, limits: Limits | None) -> str:
-    near = None if limits is None else model.error_near(limits)
-    return f"{100 * model.error:.1f} %" + ("" if near is None else f" ({100 * near:.1f} % near the budget)")
+def described_error(model: LatencyModel) -> str:
+    near = "" if model.error_near is None else f" ({100 * model.error_near:.1f} % near the budget)"
+    return f"{100 * model.error:.1f} %{near}"
 
 
 def _is_good(model: LatencyModel, limits: Limits | None, error: float) -> bool:
-    near = model.error if limits is None else model.error_near(limits)
+    near = model.error if limits is None else model.error_near
     return near is not None and max(near, model.error) <= error
 
 
-def _fitted(space: Space, held: Measurements) -> LatencyModel:
+def _fitted(space: Space, held: Measurements, budget: Mapping[str, Any] | None) -> tuple[LatencyModel, Limits | None]:
     if held.failed and len(held.measured) < LEAST:
         raise TargetError(
             f"of {len(held.seen)} candidates only {len(held.measured)} could be measured; the last one that failed: "
             f"{held.failed[-1].reason}"
         )
-    model = LatencyModel(space, held)
-    logger.info("latency model: %d plans, error %.1f %%, tau %.2f", len(held.measured), 100 * model.error, model.tau)
-    return model
+    limits = parse_budget(budget, space.dense_cost, dense_ms=held.dense_ms) if budget else None
+    model = LatencyModel(space, held, limits)
+    logger.info("latency model: %d plans, error %s, tau %.2f", len(held.measured), described_error(model), model.tau)
+    return model, limits
 
 
-def _with(held: Measurements, space: Space, measure: Measure, rows: Sequence[tuple[int, ...]]) -> Measurements:
-    """``held`` and what is measured of ``rows``."""
+def _with(
+    held: Measurements,
+    space: Space,
+    measure: Measure,
+    rows: Sequence[tuple[int, ...]],
+    model: LatencyModel | None,
+) -> Measurements:
+    """``held`` and what is measured of ``rows``, beside what ``model`` says about them."""
     outcomes, dense_ms = measure([space.plan(dict(zip(space.dimensions, row, strict=True))) for row in rows])
-    pairs = list(zip(rows, outcomes, strict=True))
-    return Measurements(
-        (*held.measured, *(Measured(row, outcome) for row, outcome in pairs if not isinstance(outcome, str))),
-        (*held.failed, *(Failed(row, outcome) for row, outcome in pairs if isinstance(outcome, str))),
-        held.dense_times_ms if dense_ms is None else (*held.dense_times_ms, dense_ms),
-    )
+    told = [None] * len(rows) if model is None else model.ratios(np.array(rows)).tolist()
+    measured, failed = list(held.measured), list(held.failed)
+    for row, outcome, predicted in zip(rows, outcomes, told, strict=True):
+        if isinstance(outcome, str):
+            failed.append(Failed(row, outcome))
+        else:
+            measured.append(Measured(row, outcome, predicted))
+    times = held.dense_times_ms if dense_ms is None else (*held.dense_times_ms, dense_ms)
+    return Measurements(tuple(measured), tuple(failed), times)
 
 
 def _unseen(rows: Iterable[tuple[int, ...]], held: Measurements) -> list[tuple[int, ...]]:

@@ -1,13 +1,16 @@
 """Latency of any plan, predicted from a few dozen that were measured on the target.
 
 The time of a model is additive over its operators to first order. Features of a plan are the MACs of every operator
-and the total costs, all relative to the dense model, and the relative widths. A Gaussian process with a linear kernel
-on them learns what each one costs, drawn towards equal costs of all operators by a strong prior on their sum; a smooth
-kernel is added where that predicts better in cross-validation.
+and the total costs, all relative to the dense model, and the relative widths. Kernels take a slower path where a width
+is no multiple of some number: MACs of such operators are features too, where that predicts better in cross-validation.
+A Gaussian process with a linear kernel on all of them learns what each one costs, drawn towards equal costs of all
+operators by a strong prior on their sum; a smooth kernel is added where that predicts better.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +25,23 @@ from .budget import Limits
 
 #: Folds of cross-validation, and the fewest plans that a model can be made of.
 FOLDS, LEAST = 8, 4
-#: Plans whose nearest limit is this share off, either way, are near a budget.
-NEAR = 0.1
+#: Plans that are predicted this share off a budget's tightest limit, either way, are near it; the last few of them tell
+#: the error there.
+NEAR, LAST = 0.1, 8
+#: Widths of operators that are multiples of one of these may be faster than others.
+EVEN = (1, 2, 4, 8, 16)
 _RIDGES = np.logspace(-8, 0, 9)
 _SMOOTH = (0.0, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's."""
+    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's; ``predicted``: what the
+    model of the plans before said about it."""
 
     widths: tuple[int, ...]
     ratio: float
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,17 @@ class Measurements:
     def to_json(self) -> dict[str, Any]:
         return {
             "dense_times_ms": list(self.dense_times_ms),
-            "measured": [[list(plan.widths), plan.ratio] for plan in self.measured],
+            "measured": [[list(plan.widths), plan.ratio, plan.predicted] for plan in self.measured],
             "failed": [[list(plan.widths), plan.reason] for plan in self.failed],
         }
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any], dimensions: int) -> Measurements:
         """Raises KeyError, TypeError or ValueError for what is not of a space with so many dimensions."""
-        measured = [Measured(_widths(widths, dimensions), float(ratio)) for widths, ratio in held["measured"]]
+        measured = [
+            Measured(_widths(widths, dimensions), float(ratio), None if predicted is None else float(predicted))
+            for widths, ratio, predicted in held["measured"]
+        ]
         failed = [Failed(_widths(widths, dimensions), str(reason)) for widths, reason in held["failed"]]
         times = tuple(float(value) for value in held["dense_times_ms"])
         if not all(value > 0 for value in (*times, *(plan.ratio for plan in measured))) or (measured and not times):
@@ -87,45 +98,78 @@ def _widths(widths: Sequence[Any], dimensions: int) -> tuple[int, ...]:
 class LatencyModel:
     """Predicts relative latency, ``(plans, dimensions)`` widths to ``(plans,)`` ratios to the dense model.
 
-    ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there.
+    ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there;
+    ``error_near``: that of the last plans near ``limits`` when they were predicted, None without such plans.
     """
 
-    def __init__(self, space: Space, known: Measurements) -> None:
+    def __init__(self, space: Space, known: Measurements, limits: Limits | None = None) -> None:
         measured = known.measured
         if len(measured) < LEAST:
             raise PlanError(f"a latency model needs at least {LEAST} measured plans, not {len(measured)}")
         self.space, self.known, self.measured, self.dense_ms = space, known, measured, known.dense_ms
-        dense = space.sizes[None]
-        self._dense_costs, self._dense_macs = space.cost_batch(dense), max(float(space.operator_macs(dense).sum()), 1.0)
-        x, y = self._features(np.array([m.widths for m in measured])), np.array([m.ratio for m in measured])
-        tried = {(smooth, ridge): _held_out(x, y, smooth, ridge) for smooth in _SMOOTH for ridge in _RIDGES}
-        best = min(tried, key=lambda key: float(np.abs(tried[key] / y - 1).mean()))
-        self._errors = np.abs(tried[best] / y - 1)
-        self.error = float(self._errors.mean())
-        self.tau = _tau(tried[best], y)
-        self._fit = _fit(x, y, *best)
+        widths, y = np.array([m.widths for m in measured]), np.array([m.ratio for m in measured])
+        self._features = _Features(space)
+        best, held_out, tried = (1, 0.0, 1.0), np.ones_like(y), math.inf
+        for even in EVEN:
+            x = self._features(widths, even)
+            for smooth, ridge in itertools.product(_SMOOTH, _RIDGES):
+                predicted = _held_out(x, y, smooth, ridge)
+                if (error := float(np.abs(predicted / y - 1).mean())) < tried:
+                    best, held_out, tried = (even, smooth, ridge), predicted, error
+        self._even, smooth, ridge = best
+        self.error, self.tau = tried, _tau(held_out, y)
+        self._fit = _fit(self._features(widths, self._even), y, smooth, ridge)
+        self.error_near = None if limits is None else self._error_near(limits)
 
     def ratios(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        return self._fit(self._features(widths, criterion))
+        return self._fit(self._features(widths, self._even, criterion))
 
-    def _features(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        space = self.space
-        shares = space.operator_macs(widths, criterion) / self._dense_macs
-        costs = space.cost_batch(widths, criterion) / self._dense_costs
-        relative = widths / space.sizes
-        count = np.sqrt(relative.shape[1])
-        # Weights are drawn towards zero: the larger a feature, the freer its weight.
-        return np.column_stack([np.full(len(widths), 3.0), 3 * costs, 3 * shares, 0.3 * relative / count])
-
-    def error_near(self, limits: Limits) -> float | None:
-        """The error on plans near a budget, None where fewer than four were measured."""
-        widths = np.array([plan.widths for plan in self.measured])
-        ratios = [plan.ratio for plan in self.measured]
-        near = np.abs(limits.excess(np.column_stack([self.space.cost_batch(widths), ratios]))) <= NEAR
-        return float(self._errors[near].mean()) if near.sum() >= 4 else None
+    def _error_near(self, limits: Limits) -> float | None:
+        """Projection picks what is predicted too fast, so only what was predicted before it was measured counts."""
+        told = [plan for plan in self.measured if plan.predicted is not None]
+        if not told:
+            return None
+        widths = np.array([plan.widths for plan in told])
+        predicted, ratios = (np.array([getattr(plan, name) for plan in told]) for name in ("predicted", "ratio"))
+        near = np.abs(limits.excess(np.column_stack([self.space.cost_batch(widths), predicted]))) <= NEAR
+        errors = np.abs(predicted / ratios - 1)[near][-LAST:]
+        return float(errors.mean()) if len(errors) >= LEAST else None
 
     def to_json(self) -> dict[str, Any]:
-        return {"dense_ms": self.dense_ms, "error": self.error, "tau": self.tau, **self.known.to_json()}
+        return {
+            "dense_ms": self.dense_ms,
+            "error": self.error,
+            "error_near": self.error_near,
+            "tau": self.tau,
+            **self.known.to_json(),
+        }
+
+
+class _Features:
+    """Features of plans, ``(plans, dimensions)`` widths to ``(plans, features)``."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, dense = space, space.sizes[None]
+        self._dense_costs, macs = space.cost_batch(dense), space.operator_macs(dense)
+        self._dense_macs = max(float(macs.sum()), 1.0)
+        fewer = np.repeat(dense, len(space.sizes), axis=0)
+        np.fill_diagonal(fewer, np.maximum(space.sizes // 2, 1))
+        #: Which operators have a width that a dimension sets ``(dimensions, operators)``; blocks set none.
+        self._sets = (space.operator_macs(fewer) != macs).astype(np.float64)
+        self._sets[[groups[0].kind == "block" for groups in space.tied_groups]] = 0
+
+    def __call__(self, widths: NDArray[np.integer], even: int, criterion: str | None = None) -> NDArray[np.float64]:
+        """``even``: what widths of operators are multiples of where they are fast."""
+        space = self._space
+        shares = space.operator_macs(widths, criterion) / self._dense_macs
+        costs = space.cost_batch(widths, criterion) / self._dense_costs
+        # Weights are drawn towards zero: the larger a feature, the freer its weight.
+        parts = [np.full((len(widths), 1), 3.0), 3 * costs, 3 * shares]
+        if even > 1:
+            slow = shares * ((widths % even != 0) @ self._sets > 0)
+            parts += [3 * slow, 3 * slow.sum(1, keepdims=True)]
+        parts.append(0.3 * widths / (space.sizes * np.sqrt(widths.shape[1])))
+        return np.concatenate(parts, axis=1)
 
 
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64], smooth: float) -> NDArray[np.float64]:
