@@ -27,15 +27,18 @@ from prunefront.spaces.inputs import Inputs
 
 QUICK = Settings(tolerance=0.2, limit_s=1.5, warm_up_s=0.02, least_rounds=4)
 TIMER = """
-import sys, time, numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
+import statistics, sys, time, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options)
 arrays = numpy.load(sys.argv[2])
-feed = {value.name: arrays[f"input{index}"] for index, value in enumerate(session.get_inputs())}
-session.run(None, feed)
-start = time.perf_counter()
-for _ in range(20):
+feed = {value.name: arrays[value.name] for value in session.get_inputs()}
+times = []
+for _ in range(100):
+    start = time.perf_counter()
     session.run(None, feed)
-print("mean", (time.perf_counter() - start) * 50, "ms", 1000 * (time.perf_counter() - start) / 20)
+    times.append(1000 * (time.perf_counter() - start))
+print("median", len(times), "runs", statistics.median(times))
 """
 
 
