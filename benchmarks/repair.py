@@ -15,8 +15,8 @@ import prunefront
 from benchmarks.zoo import timed
 from prunefront.runners.tasks import digits
 from prunefront.runners.tasks.base import cross_entropy
-from prunefront.search.scores import accuracy
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
+from prunefront.search.scores import accuracy
 from prunefront.spaces.calibration import precision
 from prunefront.spaces.compensation import METHODS, Compensation
 from prunefront.spaces.criteria import CRITERIA

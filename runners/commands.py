@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +22,12 @@ from torch import nn
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
+from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
 from ..search.saved import METRICS, read_json, save_model
+from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
@@ -32,7 +35,7 @@ from ..spaces.errors import ConfigError, PrunefrontError, SearchError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .check import check_model
-from .display import SearchProgress, console, errors, front_table, latency_view, space_view
+from .display import SearchProgress, console, errors, front_table, latency_view, space_view, stairs_view
 from .report import read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
@@ -57,7 +60,10 @@ def search(config: DictConfig) -> float:
         if timing is None:
             raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
         with console.status("measuring latency"):
-            latency = timing.model(space, Inputs.of(task.example_inputs))
+            near = budget if config.mode == "budget" else None
+            latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
+        told = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
+        console.print(told, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
     write_report(run_dir)
@@ -142,6 +148,8 @@ def timing_of(config: DictConfig) -> Timing | None:
         limit_s=options.limit_s,
         settings=Settings(tolerance=options.tolerance, limit_s=options.measurement_s, seed=config.seed),
         cache=Path(options.cache).expanduser(),
+        batch_size=options.batch_size,
+        input_shapes=_plain(options.input_shapes),
     )
 
 
@@ -261,6 +269,8 @@ def described_space(space: Space) -> dict[str, Any]:
 
 def measure(config: DictConfig) -> None:
     """Measure plans of a model on a target until their latency can be predicted, and show how well it can."""
+    if config.steps and config.refresh:
+        raise ConfigError("steps=true keeps nothing to refresh; leave one of them out")
     status = nullcontext() if config.json else errors.status("measuring latency")
     timing = timing_of(config)
     if timing is None:
@@ -268,11 +278,26 @@ def measure(config: DictConfig) -> None:
     with redirect_stdout(sys.stderr), status:
         task = make_task(config)
         found = discover_for(task, task.make_model().eval(), config)
-        model = timing.model(found, Inputs.of(task.example_inputs), refresh=config.refresh)
-    if config.json:
+        inputs = Inputs.of(task.example_inputs)
+        if config.steps:
+            stairs = timing.stairs(found, inputs)
+        else:
+            model = timing.model(found, inputs, refresh=config.refresh)
+    if config.steps:
+        show_stairs(stairs, timing, config.json)
+    elif config.json:
         print(json.dumps({**model.to_json(), "target": dict(timing.target.description)}, indent=1))
     else:
         console.print(latency_view(model, timing.target.description))
+
+
+def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None:
+    if as_json:
+        described = [found.to_json() for found in stairs]
+        target = dict(timing.target.description)
+        print(json.dumps({"steps": described, "override": override(stairs), "target": target}, indent=1))
+    else:
+        console.print(stairs_view(stairs, timing.target.description))
 
 
 def front(config: DictConfig) -> None:

@@ -31,6 +31,8 @@ class Latency:
     tolerance: float = 0.01
     measurement_s: float = 10.0
     cache: str = "~/.cache/prunefront/latency"
+    batch_size: int | None = None
+    input_shapes: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -55,6 +57,7 @@ class OnnxTarget:
     threads: int | None = None
     precision: str = "float32"
     device: str = "cpu"
+    timeout_s: float = 300.0
 
 
 @dataclass
@@ -68,7 +71,7 @@ class SshTarget:
     device: str = "cpu"
     connect_timeout_s: int = 15
     timeout_s: float = 600.0
-    options: list[str] = field(default_factory=list)
+    ssh_options: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -175,6 +178,7 @@ class Measure:
     target: Any = MISSING
     latency: Latency = field(default_factory=Latency)
     refresh: bool = False
+    steps: bool = False
     seed: int = 0
     json: bool = False
 

@@ -112,6 +112,9 @@ def search(
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
     check_options(mode, guide, n_trials, finalists, patience)
+    inputs = Inputs.of(example_inputs)
+    if timing is not None:
+        timing.check(model, inputs)
     if space is None:
         space = discover(
             model,
@@ -132,11 +135,10 @@ def search(
         )
     empty = mode == "front"
     parse_budget(budget or {}, space.dense_cost, empty)  # a typing error is told before anything is measured
-    inputs = Inputs.of(example_inputs)
     if LATENCY in (budget or {}) and latency is None:
         if timing is None:
             raise ConfigError("a latency budget needs timing=, the target to measure on")
-        latency = timing.model(space, inputs)
+        latency = timing.model(space, inputs, budget=budget if mode == "budget" else None)
     dense_ms = None if latency is None else latency.dense_ms
     limits = parse_budget(budget or {}, space.dense_cost, empty, dense_ms)
     check_reachable(space, limits)

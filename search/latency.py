@@ -1,83 +1,175 @@
 """Latency of any plan, predicted from a few dozen that were measured on the target.
 
 The time of a model is additive over its operators to first order. Features of a plan are the MACs of every operator
-and the total costs, all relative to the dense model, and the relative widths. A Gaussian process with a linear kernel
-on them learns what each one costs, drawn towards equal costs of all operators by a strong prior on their sum; a smooth
-kernel is added where that predicts better in cross-validation.
+and the total costs, all relative to the dense model, and the relative widths. Kernels take a slower path where a width
+is no multiple of some number: MACs of such operators are features too, where that predicts better in cross-validation.
+A Gaussian process with a linear kernel on all of them learns what each one costs, drawn towards equal costs of all
+operators by a strong prior on their sum; a smooth kernel is added where that predicts better.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Sequence
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces import Plan, Space
+from ..spaces import Space
 from ..spaces.errors import BudgetError, PlanError
+from .budget import Limits
 
-logger = logging.getLogger(__name__)
-
-#: Measures plans on the target: ``(ratios to the dense model, milliseconds of the dense model)``.
-Measure = Callable[[Sequence[Plan]], tuple[list[float], float]]
-
-FOLDS = 8
-#: Plans measured before the model is fitted for the first time, and in every later round.
-FIRST, STEP = 16, 8
+#: Folds of cross-validation, and the fewest plans that a model can be made of.
+FOLDS, LEAST = 8, 4
+#: Plans that are predicted this share off a budget's tightest limit, either way, are near it; the last few of them tell
+#: the error there.
+NEAR, LAST = 0.1, 8
+#: Widths of operators that are multiples of one of these may be faster than others.
+EVEN = (1, 2, 4, 8, 16)
 _RIDGES = np.logspace(-8, 0, 9)
 _SMOOTH = (0.0, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's."""
+    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's; ``predicted``: what the
+    model of the plans before said about it."""
 
     widths: tuple[int, ...]
     ratio: float
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A plan that the target cannot measure, and why."""
+
+    widths: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is known of the plans of a space on a target. ``dense_times_ms``: of the dense model, beside every few."""
+
+    measured: tuple[Measured, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    dense_times_ms: tuple[float, ...] = ()
+
+    @property
+    def dense_ms(self) -> float:
+        return statistics.median(self.dense_times_ms)
+
+    @property
+    def seen(self) -> set[tuple[int, ...]]:
+        return {plan.widths for plan in self.measured} | {plan.widths for plan in self.failed}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dense_times_ms": list(self.dense_times_ms),
+            "measured": [[list(plan.widths), plan.ratio, plan.predicted] for plan in self.measured],
+            "failed": [[list(plan.widths), plan.reason] for plan in self.failed],
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any], dimensions: int) -> Measurements:
+        """Raises KeyError, TypeError or ValueError for what is not of a space with so many dimensions."""
+        measured = [
+            Measured(_widths(widths, dimensions), float(ratio), None if predicted is None else float(predicted))
+            for widths, ratio, predicted in held["measured"]
+        ]
+        failed = [Failed(_widths(widths, dimensions), str(reason)) for widths, reason in held["failed"]]
+        times = tuple(float(value) for value in held["dense_times_ms"])
+        if not all(value > 0 for value in (*times, *(plan.ratio for plan in measured))) or (measured and not times):
+            raise ValueError("a time must be positive")
+        return cls(tuple(measured), tuple(failed), times)
+
+
+def _widths(widths: Sequence[Any], dimensions: int) -> tuple[int, ...]:
+    if len(widths) != dimensions:
+        raise ValueError(f"{len(widths)} widths for {dimensions} dimensions")
+    return tuple(int(width) for width in widths)
 
 
 class LatencyModel:
     """Predicts relative latency, ``(plans, dimensions)`` widths to ``(plans,)`` ratios to the dense model.
 
-    ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there.
+    ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there;
+    ``error_near``: that of the last plans near ``limits`` when they were predicted, None without such plans.
     """
 
-    def __init__(self, space: Space, measured: Sequence[Measured], dense_ms: float) -> None:
-        if len(measured) < FOLDS:
-            raise PlanError(f"a latency model needs at least {FOLDS} measured plans, not {len(measured)}")
-        self.space, self.measured, self.dense_ms = space, tuple(measured), dense_ms
-        dense = space.sizes[None]
-        self._dense_costs, self._dense_macs = space.cost_batch(dense), max(float(space.operator_macs(dense).sum()), 1.0)
-        x, y = self._features(np.array([m.widths for m in measured])), np.array([m.ratio for m in measured])
-        tried = {(smooth, ridge): _held_out(x, y, smooth, ridge) for smooth in _SMOOTH for ridge in _RIDGES}
-        best = min(tried, key=lambda key: float(np.abs(tried[key] / y - 1).mean()))
-        self.error = float(np.abs(tried[best] / y - 1).mean())
-        self.tau = _tau(tried[best], y)
-        self._fit = _fit(x, y, *best)
+    def __init__(self, space: Space, known: Measurements, limits: Limits | None = None) -> None:
+        measured = known.measured
+        if len(measured) < LEAST:
+            raise PlanError(f"a latency model needs at least {LEAST} measured plans, not {len(measured)}")
+        self.space, self.known, self.measured, self.dense_ms = space, known, measured, known.dense_ms
+        widths, y = np.array([m.widths for m in measured]), np.array([m.ratio for m in measured])
+        self._features = _Features(space)
+        best, held_out, tried = (1, 0.0, 1.0), np.ones_like(y), math.inf
+        for even in EVEN:
+            x = self._features(widths, even)
+            for smooth, ridge in itertools.product(_SMOOTH, _RIDGES):
+                predicted = _held_out(x, y, smooth, ridge)
+                if (error := float(np.abs(predicted / y - 1).mean())) < tried:
+                    best, held_out, tried = (even, smooth, ridge), predicted, error
+        self._even, smooth, ridge = best
+        self.error, self.tau = tried, _tau(held_out, y)
+        self._fit = _fit(self._features(widths, self._even), y, smooth, ridge)
+        self.error_near = None if limits is None else self._error_near(limits)
 
     def ratios(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        return self._fit(self._features(widths, criterion))
+        return self._fit(self._features(widths, self._even, criterion))
 
-    def _features(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        space = self.space
-        shares = space.operator_macs(widths, criterion) / self._dense_macs
-        costs = space.cost_batch(widths, criterion) / self._dense_costs
-        relative = widths / space.sizes
-        count = np.sqrt(relative.shape[1])
-        # Weights are drawn towards zero: the larger a feature, the freer its weight.
-        return np.column_stack([np.full(len(widths), 3.0), 3 * costs, 3 * shares, 0.3 * relative / count])
+    def _error_near(self, limits: Limits) -> float | None:
+        """Projection picks what is predicted too fast, so only what was predicted before it was measured counts."""
+        told = [plan for plan in self.measured if plan.predicted is not None]
+        if not told:
+            return None
+        widths = np.array([plan.widths for plan in told])
+        predicted, ratios = (np.array([getattr(plan, name) for plan in told]) for name in ("predicted", "ratio"))
+        near = np.abs(limits.excess(np.column_stack([self.space.cost_batch(widths), predicted]))) <= NEAR
+        errors = np.abs(predicted / ratios - 1)[near][-LAST:]
+        return float(errors.mean()) if len(errors) >= LEAST else None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "dense_ms": self.dense_ms,
             "error": self.error,
+            "error_near": self.error_near,
             "tau": self.tau,
-            "measured": [[list(m.widths), m.ratio] for m in self.measured],
+            **self.known.to_json(),
         }
+
+
+class _Features:
+    """Features of plans, ``(plans, dimensions)`` widths to ``(plans, features)``."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, dense = space, space.sizes[None]
+        self._dense_costs, macs = space.cost_batch(dense), space.operator_macs(dense)
+        self._dense_macs = max(float(macs.sum()), 1.0)
+        fewer = np.repeat(dense, len(space.sizes), axis=0)
+        np.fill_diagonal(fewer, np.maximum(space.sizes // 2, 1))
+        #: Which operators have a width that a dimension sets ``(dimensions, operators)``; blocks set none.
+        self._sets = (space.operator_macs(fewer) != macs).astype(np.float64)
+        self._sets[[groups[0].kind == "block" for groups in space.tied_groups]] = 0
+
+    def __call__(self, widths: NDArray[np.integer], even: int, criterion: str | None = None) -> NDArray[np.float64]:
+        """``even``: what widths of operators are multiples of where they are fast."""
+        space = self._space
+        shares = space.operator_macs(widths, criterion) / self._dense_macs
+        costs = space.cost_batch(widths, criterion) / self._dense_costs
+        # Weights are drawn towards zero: the larger a feature, the freer its weight.
+        parts = [np.full((len(widths), 1), 3.0), 3 * costs, 3 * shares]
+        if even > 1:
+            slow = shares * ((widths % even != 0) @ self._sets > 0)
+            parts += [3 * slow, 3 * slow.sum(1, keepdims=True)]
+        parts.append(0.3 * widths / (space.sizes * np.sqrt(widths.shape[1])))
+        return np.concatenate(parts, axis=1)
 
 
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64], smooth: float) -> NDArray[np.float64]:
@@ -105,7 +197,7 @@ def _held_out(x: NDArray[np.float64], y: NDArray[np.float64], smooth: float, rid
     """Predictions of every plan by a fit without its fold."""
     folds = np.arange(len(y)) % FOLDS
     predicted = np.empty_like(y)
-    for fold in range(FOLDS):
+    for fold in np.unique(folds):
         inside = folds != fold
         predicted[~inside] = _fit(x[inside], y[inside], smooth, ridge)(x[~inside])
     return predicted
@@ -115,66 +207,6 @@ def _tau(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     from scipy.stats import kendalltau
 
     return float(kendalltau(a, b).statistic)
-
-
-def spread_plans(space: Space, count: int, seed: int, smallest: float = 0.1) -> NDArray[np.int64]:
-    """Widths ``(count, dimensions)`` that fill the space: a Sobol sequence of an overall share and the others."""
-    from scipy.stats import qmc
-
-    dims = len(space.dimensions)
-    points = qmc.Sobol(dims + 1, seed=seed).random_base2(max(1, int(np.ceil(np.log2(max(count, 2))))))[:count]
-    overall = smallest + (1 - smallest) * points[:, :1]
-    shares = np.clip(overall * (1 + 0.8 * (points[:, 1:] - 0.5)), 0.02, 1)
-    widths = space.round_widths(shares * space.sizes)
-    widths[0] = space.smallest_widths()  # the floor of the target decides which budgets are possible
-    return widths
-
-
-def fit_latency(
-    space: Space,
-    measure: Measure,
-    *,
-    error: float = 0.05,
-    most: int = 64,
-    limit_s: float | None = None,
-    seed: int = 0,
-    known: Sequence[Measured] = (),
-    known_ms: float = 0.0,
-    keep: Callable[[LatencyModel], None] | None = None,
-) -> LatencyModel:
-    """Measure plans until the cross-validated error is at most ``error``, or ``most`` plans or ``limit_s`` are used up.
-
-    ``known``: plans that were measured before, beside a dense model that took ``known_ms``. ``keep`` is called with the
-    model after every round.
-    """
-    started = time.monotonic()
-    widths = spread_plans(space, most, seed)
-    measured = list(known)
-    done = {m.widths for m in measured}
-    todo = [row for row in map(tuple, widths.tolist()) if row not in done]
-    dense_ms = known_ms
-    model = LatencyModel(space, measured, dense_ms) if len(measured) >= FIRST else None
-    while model is None or model.error > error:
-        if model is not None and (not todo or (limit_s is not None and time.monotonic() - started > limit_s)):
-            break
-        wanted = min(most, FIRST if len(measured) < FIRST else len(measured) + STEP)
-        batch = todo[: max(0, wanted - len(measured))]
-        todo = todo[len(batch) :]
-        plans = [space.plan(dict(zip(space.dimensions, row, strict=True))) for row in batch]
-        ratios, dense_ms = measure(plans)
-        measured += [Measured(row, ratio) for row, ratio in zip(batch, ratios, strict=True) if np.isfinite(ratio)]
-        model = LatencyModel(space, measured, dense_ms)
-        logger.info("latency model: %d plans, error %.1f %%, tau %.2f", len(measured), 100 * model.error, model.tau)
-        if keep is not None:
-            keep(model)
-    if model.error > error:
-        logger.warning(
-            "the latency model errs by %.1f %% after %d measured plans, more than the wanted %.1f %%",
-            100 * model.error,
-            len(model.measured),
-            100 * error,
-        )
-    return model
 
 
 def check_latency(model: LatencyModel, limit_ratio: float) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
 from .protocol import interval
+from .shapes import check_inputs, inputs_at, shape_of
 
 #: Other work on this many processors makes times unreliable.
 BUSY = 0.3
@@ -77,29 +79,49 @@ def measure(
     target: Target,
     reference: nn.Module | None = None,
     settings: Settings | None = None,
+    batch_size: int | None = None,
+    input_shapes: Sequence[Sequence[int]] = (),
 ) -> Any:
     """Time ``model`` on ``target``, side by side with ``reference``: a :class:`Measurement`, or one a model.
 
-    Without a reference the first model is its own. Models are put into evaluation mode and back.
+    Without a reference the first model is its own. Models are put into evaluation mode and back. ``batch_size``,
+    ``input_shapes``: see :func:`.shapes.inputs_at`; of several shapes, times are those of one pass at each.
 
     Raises:
         TargetError: see :class:`Target`.
+        ConfigError: shapes that are none of the model's.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
     every = models if reference is None else [reference, *models]
-    found = side_by_side(every, Inputs.of(example_inputs), target, settings or Settings())[len(every) - len(models) :]
+    inputs = inputs_at(Inputs.of(example_inputs), batch_size, input_shapes)
+    check_inputs(every[0], inputs)
+    found = side_by_side(every, inputs, target, settings or Settings())[len(every) - len(models) :]
     return found[0] if isinstance(model, nn.Module) else found
 
 
-def side_by_side(models: Sequence[nn.Module], inputs: Inputs, target: Target, settings: Settings) -> list[Measurement]:
-    """Measurements of ``models``, of which the first is the reference."""
+def side_by_side(
+    models: Sequence[nn.Module], inputs: Sequence[Inputs], target: Target, settings: Settings
+) -> list[Measurement]:
+    """Measurements of ``models``, of which the first is the reference: one pass on each of ``inputs`` together.
+
+    Conditions hold the milliseconds of every shape.
+    """
     start = time.perf_counter()
+    shared = replace(settings, limit_s=settings.limit_s / len(inputs))
     with ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
-        samples, conditions = target.times(models, inputs, settings)
-    conditions["seconds"] = round(time.perf_counter() - start, 3)
-    return [summary(values, samples[0], conditions) for values in samples]
+        found = [target.times(models, one, shared) for one in inputs]
+    conditions = dict(found[0][1])
+    loads = [facts["load"] for _, facts in found if facts.get("load") is not None]
+    conditions |= {"load": max(loads, default=None), "seconds": round(time.perf_counter() - start, 3)}
+    totals = []
+    for rows in zip(*(samples for samples, _ in found), strict=True):  # of one model, by shape
+        # Rounds are paired as they come: the shape with the fewest decides how many there are.
+        total = [sum(values) for values in zip(*rows, strict=False)]
+        by_shape = {shape_of(one): 1e3 * statistics.median(row) for one, row in zip(inputs, rows, strict=True)}
+        totals.append((total, {**conditions, "shapes_ms": by_shape}))
+    return [summary(total, totals[0][0], facts) for total, facts in totals]
 
 
 def summary(samples: Sequence[float], reference: Sequence[float], conditions: Mapping[str, Any]) -> Measurement:

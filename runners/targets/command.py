@@ -9,15 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ...search import protocol
 from ...search.measurement import Settings
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
-from .exporting import arrays_for
-from .local import exported
+from .exporting import exported, named_arrays
+from .process import last_line, run_in_group, write_arrays
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
@@ -44,12 +43,11 @@ class CommandTarget:
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs) as paths:
+        with exported(models, inputs) as paths:  # what the program computes cannot be checked: no tracing
             arrays = paths[0].with_name("inputs.npz")
-            named: dict[str, Any] = {f"input{i}": value for i, value in enumerate(arrays_for(paths[0], inputs))}
-            np.savez(arrays, **named)
+            write_arrays(arrays, named_arrays(inputs))
             facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
-            # The program warms up by itself: a run more is a start of a process more.
+            # The program warms up and repeats by itself: a run more is a start of a process more.
             options = {**asdict(settings), "warm_up_s": 0.0}
             return protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options), facts
 
@@ -61,18 +59,16 @@ class CommandTarget:
 
         def run() -> float:
             try:
-                ended = subprocess.run(arguments, capture_output=True, text=True, timeout=self.timeout_s, check=False)
+                ended = run_in_group(arguments, self.timeout_s)
             except FileNotFoundError as error:
                 raise TargetError(f"target.command: {arguments[0]} cannot be started: {error}") from error
             except subprocess.TimeoutExpired as error:
                 raise TargetError(f"target.command took longer than {self.timeout_s} s; raise timeout_s") from error
-            lines = ended.stdout.strip().splitlines()
-            numbers = _NUMBER.findall(lines[-1]) if lines else []
+            numbers = _NUMBER.findall(last_line(ended.stdout))
             if ended.returncode or not numbers or float(numbers[-1]) <= 0:
-                shown = (ended.stderr or ended.stdout).strip().splitlines()[-1:] or ["nothing"]
                 raise TargetError(
                     f"target.command ended with status {ended.returncode} and printed no positive number of "
-                    f"milliseconds in its last line: {shown[0]}"
+                    f"milliseconds in its last line: {last_line(ended.stderr or ended.stdout)}"
                 )
             return float(numbers[-1]) / 1e3
 

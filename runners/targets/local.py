@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import importlib.metadata
+import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +21,10 @@ from ...spaces.copying import copy_model
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
 from . import runtimes
-from .exporting import arrays_for, check_outputs, export_onnx
+from .exporting import OutputsDiffer, check_outputs, exported, named_arrays
+from .process import Answer, read_answer, run_in_group, write_task
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,53 +105,61 @@ def timed_on_cuda(run: Callable[[], None]) -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class OnnxTarget:
-    """A runtime on this machine that takes an ONNX file: onnxruntime, openvino or tensorrt."""
+    """A runtime that takes an ONNX file: onnxruntime, openvino or tensorrt.
+
+    It measures in a process of its own, which is killed after ``timeout_s``: no candidate that crashes or hangs ends
+    the search.
+    """
 
     runtime: str = "onnxruntime"
     threads: int | None = None
     precision: str = "float32"
     device: str = "cpu"
+    timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         check_runtime(self.runtime, self.precision)
 
     @property
     def description(self) -> Mapping[str, Any]:
-        return {"target": self.runtime, **asdict(self)}
+        return {"target": self.runtime, "version": _version(self.runtime), **self.options}
 
     @property
     def options(self) -> dict[str, Any]:
+        """Of :func:`.runtimes.load`."""
         return {"threads": self.threads, "precision": self.precision, "device": self.device}
 
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs) as paths:
-            arrays = arrays_for(paths[0], inputs)
-            try:
-                loaded = [runtimes.load(self.runtime, str(path), arrays, **self.options) for path in paths]
-            except ImportError as error:
-                raise missing(self.runtime, error) from error
-            except Exception as error:
-                raise TargetError(f"{self.runtime} cannot load the model: {type(error).__name__}: {error}") from error
-            for model, (run, _) in zip(models, loaded, strict=True):
-                check_outputs(model, inputs, run(), self.precision, self.runtime)
-            facts = protocol.conditions()
-            runs = [forward for forward, _ in loaded]
-            return protocol.time_side_by_side([_without_result(run) for run in runs], **asdict(settings)), {
-                **facts,
-                **loaded[0][1],
-            }
+        try:
+            return self._times(models, inputs, settings, traced=True)
+        except OutputsDiffer as error:
+            logger.info("exported and measured again without tracing: %s", error)
+            return self._times(models, inputs, settings, traced=False)
 
+    def _times(
+        self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings, traced: bool
+    ) -> tuple[list[list[float]], dict[str, Any]]:
+        with exported(models, inputs, traced) as paths:
+            folder = paths[0].parent
+            write_task(folder, paths, named_arrays(inputs), self.runtime, self.options, settings)
+            answer = self._ask(folder, len(models))
+        for model, outputs in zip(models, answer.outputs, strict=True):
+            check_outputs(model, inputs, outputs, self.precision, self.runtime)
+        return answer.samples, answer.conditions
 
-@contextlib.contextmanager
-def exported(models: Sequence[nn.Module], inputs: Inputs) -> Iterator[list[Path]]:
-    """The models as ONNX files in a folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
-        paths = [Path(folder) / f"model{index}.onnx" for index in range(len(models))]
-        for model, path in zip(models, paths, strict=True):
-            export_onnx(model, inputs, path)
-        yield paths
+    def _ask(self, folder: Path, models: int) -> Answer:
+        """Measure what is in ``folder``."""
+        try:
+            ended = run_in_group([sys.executable, str(folder / "remote.py"), str(folder)], self.timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TargetError(
+                f"{self.runtime} took longer than {self.timeout_s:g} s and was killed; raise target.timeout_s if it "
+                "does not hang"
+            ) from error
+        install = f"target={self.runtime} needs the runtime: pip install {self.runtime}"
+        return read_answer(ended, models, self.runtime, install)
 
 
 @contextlib.contextmanager
@@ -173,15 +187,11 @@ def check_runtime(runtime: str, precision: str) -> None:
         raise TargetError(f"{runtime} runs ONNX files in {', '.join(allowed)}, not in {precision}")
 
 
-def missing(runtime: str, error: Exception) -> TargetError:
-    return TargetError(f"target={runtime} needs the runtime: pip install {runtime} ({error})")
-
-
-def _without_result(run: Callable[[], Any]) -> Callable[[], None]:
-    def timed() -> None:
-        run()
-
-    return timed
+def _version(runtime: str) -> str | None:
+    try:
+        return importlib.metadata.version(runtime)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _channels_last(leaf: Any) -> Any:

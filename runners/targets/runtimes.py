@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+#: Numpy arrays by the names of the model's inputs.
+Arrays = Mapping[str, Any]
 #: A function that computes a forward pass and returns the outputs, and what runs it.
 Loaded = tuple[Callable[[], Any], dict[str, Any]]
 
@@ -13,19 +15,16 @@ Loaded = tuple[Callable[[], Any], dict[str, Any]]
 def load(
     runtime: str,
     path: str,
-    inputs: Sequence[Any],
+    inputs: Arrays,
     threads: int | None = None,
     precision: str = "float32",
     device: str = "cpu",
 ) -> Loaded:
-    """The model in ``path``, ready to run.
-
-    ``inputs``: numpy arrays in the order of the model's inputs. Raises ImportError where the runtime is missing.
-    """
+    """The model in ``path``, ready to run on ``inputs``. Raises ImportError where the runtime is missing."""
     return LOADERS[runtime](path, inputs, threads, precision, device)
 
 
-def load_onnxruntime(path: str, inputs: Sequence[Any], threads: int | None, precision: str, device: str) -> Loaded:
+def load_onnxruntime(path: str, inputs: Arrays, threads: int | None, precision: str, device: str) -> Loaded:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -42,7 +41,7 @@ def load_onnxruntime(path: str, inputs: Sequence[Any], threads: int | None, prec
     return lambda: session.run(None, feed), {**facts, "threads": threads or os.cpu_count(), "precision": "float32"}
 
 
-def load_openvino(path: str, inputs: Sequence[Any], threads: int | None, precision: str, device: str) -> Loaded:
+def load_openvino(path: str, inputs: Arrays, threads: int | None, precision: str, device: str) -> Loaded:
     import openvino
 
     core = openvino.Core()
@@ -59,7 +58,7 @@ def load_openvino(path: str, inputs: Sequence[Any], threads: int | None, precisi
     return lambda: list(request.infer(feed).values()), {**facts, "precision": precision}
 
 
-def load_tensorrt(path: str, inputs: Sequence[Any], threads: int | None, precision: str, device: str) -> Loaded:
+def load_tensorrt(path: str, inputs: Arrays, threads: int | None, precision: str, device: str) -> Loaded:
     import tensorrt
     import torch
 
@@ -97,7 +96,6 @@ def load_tensorrt(path: str, inputs: Sequence[Any], threads: int | None, precisi
 LOADERS = {"onnxruntime": load_onnxruntime, "openvino": load_openvino, "tensorrt": load_tensorrt}
 
 
-def _fed(names: Sequence[str], inputs: Sequence[Any]) -> dict[str, Any]:
-    if len(names) > len(inputs):
-        raise ValueError(f"the exported model has the inputs {names}, and {len(inputs)} arrays are given")
-    return dict(zip(names, inputs, strict=False))
+def _fed(names: Iterable[str], inputs: Arrays) -> dict[str, Any]:
+    """Of the inputs those that the model takes: an exporter leaves out what has no effect."""
+    return {name: inputs[name] for name in names}

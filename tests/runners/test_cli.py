@@ -76,6 +76,20 @@ def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
 QUICK = ["latency.most=16", "latency.error=1", "latency.measurement_s=0.2", "latency.tolerance=0.2"]
 
 
+def test_steps_of_latency_are_shown(in_tmp, tiny, capsys):
+    command = ["measure", *tiny[:2], "target=torch", *QUICK, "steps=true", f"latency.cache={in_tmp}/cache"]
+    assert main([*command, "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    (steps,) = described["steps"]
+    assert steps["kind"] == "channel" and len(steps["widths"]) == len(steps["ratios"]) >= 12
+    assert described["override"].startswith("space.round_to=")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "search with: 'space.round_to=" in out and "█" in out and "with steps of so many units" in out
+    assert main([*command, "refresh=true"]) == 1
+    assert "leave one of them out" in capsys.readouterr().err
+
+
 def test_latency_is_measured_and_budgeted(in_tmp, tiny, capsys):
     model = [option for option in tiny if option.startswith("task.")]
     cache = f"latency.cache={in_tmp}/cache"

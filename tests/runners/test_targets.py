@@ -1,6 +1,7 @@
 """Every target that this machine can run passes the same contract; ssh is a real server on loopback."""
 
 import getpass
+import importlib.util
 import json
 import os
 import shutil
@@ -9,28 +10,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from torch import nn
 
-from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget
+from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget, exporting, process
 from prunefront.runners.targets import ssh as ssh_module
 from prunefront.search.measurement import Settings, measure, summary
 from prunefront.search.protocol import conditions, interval, time_side_by_side
+from prunefront.search.timing import Timing
+from prunefront.spaces import discover
 from prunefront.spaces.errors import TargetError
+from prunefront.spaces.inputs import Inputs
 
 QUICK = Settings(tolerance=0.2, limit_s=1.5, warm_up_s=0.02, least_rounds=4)
 TIMER = """
-import sys, time, numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
+import statistics, sys, time, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options)
 arrays = numpy.load(sys.argv[2])
-feed = {value.name: arrays[f"input{index}"] for index, value in enumerate(session.get_inputs())}
-session.run(None, feed)
-start = time.perf_counter()
-for _ in range(20):
+feed = {value.name: arrays[value.name] for value in session.get_inputs()}
+times = []
+for _ in range(100):
+    start = time.perf_counter()
     session.run(None, feed)
-print("mean", (time.perf_counter() - start) * 50, "ms", 1000 * (time.perf_counter() - start) / 20)
+    times.append(1000 * (time.perf_counter() - start))
+print("median", len(times), "runs", statistics.median(times))
 """
 
 
@@ -47,14 +55,18 @@ class Net(nn.Module):
 INPUTS = (torch.randn(2, 3, 32, 32),)
 
 
+def missing(reason: str) -> NoReturn:
+    if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def sshd(tmp_path_factory):
     """A server on loopback with a key of its own; ``-F`` keeps the user's own configuration out."""
     binary = shutil.which("sshd") or "/usr/sbin/sshd"
     if not Path(binary).exists() or shutil.which("ssh") is None:
-        if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") == "1":
-            pytest.fail("openssh-server is not installed")
-        pytest.skip("openssh-server is not installed")
+        missing("openssh-server is not installed")
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -86,13 +98,13 @@ def sshd(tmp_path_factory):
 
 
 def board(folder: Path, *more: str, **options) -> SshTarget:
-    return SshTarget(host="board", python=sys.executable, options=["-F", str(folder / "config"), *more], **options)
+    return SshTarget(host="board", python=sys.executable, ssh_options=["-F", str(folder / "config"), *more], **options)
 
 
 @pytest.fixture(params=["torch", "torch bfloat16", "torch channels_last", "onnxruntime", "openvino", "command", "ssh"])
 def target(request, tmp_path):
-    if request.param == "openvino":
-        pytest.importorskip("openvino")
+    if request.param == "openvino" and importlib.util.find_spec("openvino") is None:
+        missing("openvino is not installed")
     if request.param == "ssh":
         return board(request.getfixturevalue("sshd"))
     if request.param == "command":
@@ -163,7 +175,12 @@ def test_doubts_are_told():
 
 class Unexportable(nn.Module):
     def forward(self, x):
-        return x * float(x.sum().item() > 0 and x.abs().max().item())
+        return torch.special.modified_bessel_i0(torch.special.zeta(x, x))  # ONNX has neither
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x * (float(x.abs().max().item()) if x.sum().item() > 0 else 2.0)
 
 
 def test_what_a_target_cannot_do_is_told_with_what_to_do(tmp_path):
@@ -183,6 +200,105 @@ def test_what_a_target_cannot_do_is_told_with_what_to_do(tmp_path):
     except ImportError:
         with pytest.raises(TargetError, match="needs the runtime"):
             measure(Net(4), INPUTS, OnnxTarget("tensorrt"), settings=QUICK)
+
+
+def test_a_branch_that_data_decide_is_traced_as_the_inputs_take_it():
+    assert measure(Branching(), INPUTS, OnnxTarget(threads=1), settings=QUICK).median_ms > 0
+
+
+def test_what_the_tracing_exporter_cannot_do_or_does_wrong_is_exported_again(monkeypatch):
+    real, dynamo = exporting.torch.onnx.export, []
+
+    def exporter(fails):
+        def export(model, *arguments, **options):
+            dynamo.append(options["dynamo"])
+            if not options["dynamo"]:
+                if fails:
+                    raise RuntimeError("cannot trace")
+                model = exporting._OfTensors(Net(8), Inputs.of(INPUTS))  # other weights
+            real(model, *arguments, **options)
+
+        return export
+
+    for fails in (True, False):
+        dynamo.clear()
+        monkeypatch.setattr(exporting.torch.onnx, "export", exporter(fails))
+        assert measure(Net(8), INPUTS, OnnxTarget(threads=1), settings=QUICK).median_ms > 0
+        assert dynamo == [False, True]
+
+
+def test_outputs_that_differ_are_refused_also_over_ssh(sshd, monkeypatch):
+    monkeypatch.setattr(exporting, "_OfTensors", lambda model, inputs: Net(16).eval())  # other weights in every export
+    for target in (OnnxTarget(threads=1), board(sshd)):
+        with pytest.raises(TargetError, match="differ from torch's"):
+            measure(Net(16), INPUTS, target, settings=QUICK)
+
+
+ANSWER = "print('prunefront {{{}}}') or sys.exit()"
+BROKEN = """
+import os, signal, subprocess, sys, time
+
+def load(runtime, path, inputs, **options):
+    if os.path.getsize(path) < {smallest}:
+        {action}
+    from runtimes_that_work import load
+    return load(runtime, path, inputs, **options)
+"""
+
+
+@pytest.fixture
+def broken_below(tmp_path, monkeypatch):
+    """A runtime that does ``action`` on files of less than so many bytes."""
+
+    def install(smallest: int, action: str) -> None:
+        scripts = {path.name: path for path in process.SCRIPTS}
+        (tmp_path / "runtimes_that_work.py").write_bytes(scripts["runtimes.py"].read_bytes())
+        (tmp_path / "runtimes.py").write_text(BROKEN.format(smallest=smallest, action=action))
+        ours = [scripts["protocol.py"], scripts["remote.py"], *tmp_path.glob("runtimes*.py")]
+        monkeypatch.setattr(process, "SCRIPTS", ours)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("sys.exit('no memory')", "status 1: no memory"),
+        (ANSWER.format('"samples": [[0.1]]'), "cannot be read"),
+        (ANSWER.format('"samples": [[0]], "outputs": [[]], "conditions": {}'), "not whole"),
+        ("raise ValueError('bad kernel')", "ValueError: bad kernel"),
+    ],
+)
+def test_a_process_that_crashes_is_an_error_of_the_target(broken_below, action, expected):
+    broken_below(10**9, action)
+    with pytest.raises(TargetError, match=expected):
+        measure(Net(4), INPUTS, OnnxTarget(), settings=QUICK)
+
+
+def test_a_process_that_hangs_is_killed_with_its_children(broken_below, tmp_path):
+    marker = tmp_path / "child"
+    broken_below(10**9, f"open({str(marker)!r}, 'w').write(str(subprocess.Popen(['sleep', '60']).pid)); time.sleep(60)")
+    start = time.perf_counter()
+    with pytest.raises(TargetError, match="was killed; raise target"):
+        measure(Net(4), INPUTS, OnnxTarget(timeout_s=2), settings=QUICK)
+    assert time.perf_counter() - start < 20
+    child = Path(f"/proc/{marker.read_text()}/stat")
+    for _ in range(50):  # until init has buried it
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child is alive")
+
+
+def test_a_candidate_that_crashes_is_left_out_and_the_others_are_measured(broken_below):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    space = discover(model, INPUTS)
+    timing = Timing(OnnxTarget(threads=1), settings=QUICK)
+    broken_below(20_000, "os.kill(os.getpid(), signal.SIGSEGV)")
+    outcomes, dense_ms = timing.measured(space, Inputs.of(INPUTS), [space.uniform(0.5), space.uniform(0.95)])
+    assert isinstance(outcomes[0], float) and "SIGSEGV" in outcomes[1] and dense_ms > 0
 
 
 @pytest.mark.parametrize(
@@ -230,20 +346,20 @@ def test_ssh_refuses_wrong_host_keys_and_unreachable_hosts(sshd, monkeypatch):
 
 def test_a_cut_connection_is_tried_again_and_then_reported(sshd, monkeypatch):
     attempts = []
-    real = ssh_module.subprocess.run
+    real = ssh_module.run_in_group
 
-    def cut(command, **options):
+    def cut(command, *others):
         attempts.append(command)
-        return real(["ssh", *command[1:-1], "kill -9 $PPID; sleep 5"], **options)  # the server's own process
+        return real([*command[:-1], "kill -9 $PPID; sleep 5"], *others)  # the server's own process
 
-    monkeypatch.setattr(ssh_module.subprocess, "run", cut)
+    monkeypatch.setattr(ssh_module, "run_in_group", cut)
     with pytest.raises(TargetError, match="ssh board fails"):
         measure(Net(4), INPUTS, board(sshd), settings=QUICK)
     assert len(attempts) == ssh_module.ATTEMPTS
     attempts.clear()
 
-    def cut_once(command, **options):
-        return cut(command, **options) if not attempts else real(command, **options)
+    def cut_once(command, *others):
+        return cut(command, *others) if not attempts else real(command, *others)
 
-    monkeypatch.setattr(ssh_module.subprocess, "run", cut_once)
+    monkeypatch.setattr(ssh_module, "run_in_group", cut_once)
     assert measure(Net(4), INPUTS, board(sshd), settings=QUICK).median_ms > 0 and len(attempts) == 1

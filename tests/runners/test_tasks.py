@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 import prunefront
-from prunefront.search.scores import accuracy
 from prunefront.runners.tasks.cifar_resnet import MEAN, STD, CifarResNet, cifar_resnet
 from prunefront.runners.tasks.custom import custom
 from prunefront.runners.tasks.digits import DigitsNet, digits, splits
 from prunefront.search.candidates import checked_score, precision
+from prunefront.search.scores import accuracy
 from prunefront.spaces.errors import ConfigError
 
 IMAGES = {"train": 150, "test": 12}

@@ -6,12 +6,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import prunefront
-from prunefront.search.latency import LatencyModel, Measured, spread_plans
+from prunefront.runners.display import latency_view
+from prunefront.search.fitting import spread_plans
+from prunefront.search.latency import LatencyModel, Measured, Measurements
+from prunefront.search.shapes import inputs_at
 from prunefront.search.timing import Timing
 from prunefront.spaces.errors import BudgetError, ConfigError, SearchError, TargetError
+from prunefront.spaces.inputs import Inputs
 
 INPUTS = torch.randn(1, 3, 12, 12)
 DATA = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -66,10 +71,30 @@ def test_predictions_are_near_on_plans_that_were_not_measured(space):
     assert model.dense_ms == pytest.approx(1e3 * target.seconds(make_model()))
 
 
-def prunefront_inputs():
-    from prunefront.spaces.inputs import Inputs
-
+def prunefront_inputs() -> Inputs:
     return Inputs.of(INPUTS)
+
+
+class UnevenTarget(ComputedTarget):
+    """Convolutions of widths that are no multiples of four take twice as long."""
+
+    def seconds(self, model: nn.Module) -> float:
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        times = [
+            m.in_channels * m.out_channels * (1 + (m.in_channels % 4 + m.out_channels % 4 > 0)) for m in convolutions
+        ]
+        return 1e-3 + 1e-6 * sum(times)
+
+
+def test_slow_kernels_of_uneven_widths_are_learnt(space):
+    target = UnevenTarget()
+    model = Timing(target, error=0.0, most=64).model(space, prunefront_inputs())
+    widths = spread_plans(space, 64, seed=5)
+    even = space.round_widths(np.ceil(widths / 4) * 4.0)
+    for rows in (widths, even):
+        plans = [space.plan(dict(zip(space.dimensions, row, strict=True))) for row in rows.tolist()]
+        truth = np.array([target.seconds(space.slice(plan)) for plan in plans]) / target.seconds(make_model())
+        assert float(np.abs(model.ratios(rows) / truth - 1).mean()) < 0.06
 
 
 def test_plans_fill_the_space(space):
@@ -90,7 +115,7 @@ def test_measuring_stops_when_the_error_is_small_and_is_never_done_twice(space, 
     more = Timing(target, error=0.0, most=24, cache=tmp_path / "cache").model(space, prunefront_inputs())
     assert len(more.measured) == 24 and target.measured == 40 + 8 + 2
     (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_text(json.dumps({"measured": [[[1, 2], 0.5]], "dense_ms": 1}))
+    kept.write_text(json.dumps({"measured": [[[1, 2], 0.5]], "failed": [], "dense_times_ms": [1]}))
     assert len(timing.model(space, prunefront_inputs()).measured) == 16
 
 
@@ -102,9 +127,121 @@ def test_a_plan_on_which_the_target_fails_is_left_out(space, caplog):
         Timing(ComputedTarget(fails_below=99)).model(space, prunefront_inputs())
 
 
+def test_reasons_of_failures_are_kept_and_failed_plans_are_not_tried_again(space, tmp_path):
+    target = ComputedTarget(fails_below=4)
+    timing = Timing(target, error=0.0, most=16, cache=tmp_path)
+    first = timing.model(space, prunefront_inputs())
+    assert first.known.failed and all("hang" in plan.reason for plan in first.known.failed)
+    assert all(min(plan.widths) < 4 for plan in first.known.failed)
+    measured = target.measured
+    again = timing.model(space, prunefront_inputs())
+    assert target.measured == measured and again.known == first.known
+    described = json.loads(json.dumps(first.to_json()))["failed"]
+    assert described == [[list(plan.widths), plan.reason] for plan in first.known.failed]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(latency_view(first, target.description))
+    assert "more cannot be measured: kernels of width 1 hang" in shown.get() and "refresh=true" in shown.get()
+    timing.model(space, prunefront_inputs(), refresh=True)
+    assert target.measured > measured
+
+
+class DyingTarget(ComputedTarget):
+    def times(self, models, inputs, settings):
+        if self.measured >= 10:
+            raise TargetError("the machine is gone")
+        return super().times(models, inputs, settings)
+
+
+def test_nothing_that_was_measured_is_lost_when_the_target_is(space, tmp_path):
+    with pytest.raises(TargetError, match="is gone"):
+        Timing(DyingTarget(), cache=tmp_path).model(space, prunefront_inputs())
+    target = ComputedTarget()
+    assert len(Timing(target, error=0.5, cache=tmp_path).model(space, prunefront_inputs()).measured) == 16
+    assert target.measured == 8 + 2  # the other eight, and the dense model with every four
+
+
+def test_few_candidates_that_can_be_measured_are_told_with_the_reason(space):
+    with pytest.raises(TargetError, match=r"of \d+ candidates only \d could be measured.*hang"):
+        Timing(ComputedTarget(fails_below=16), most=16).model(space, prunefront_inputs())
+
+
+def near_share(model: LatencyModel, limit: float) -> float:
+    return float(np.mean([abs(plan.ratio / limit - 1) <= 0.1 for plan in model.measured]))
+
+
+def test_a_budget_draws_measured_plans_and_its_error_is_told(space, tmp_path):
+    timing = Timing(ComputedTarget(noise=0.002), error=0.0, most=48, cache=tmp_path)
+    model = timing.model(space, prunefront_inputs(), budget={"latency": "50%"})
+    everywhere = Timing(ComputedTarget(noise=0.002), error=0.0, most=48).model(space, prunefront_inputs())
+    assert len(model.measured) == 48
+    assert near_share(model, 0.5) > 0.25 > near_share(everywhere, 0.5)
+    assert model.error_near < 0.05 and everywhere.error_near is None
+    # Another budget: the plans that are known are far from it, and one round more is measured.
+    other = timing.model(space, prunefront_inputs(), budget={"latency": "80%"})
+    assert 48 <= len(other.measured) <= 56 and other.measured[:48] == model.measured
+    assert near_share(other, 0.8) > near_share(model, 0.8)
+
+
+class PixelTarget(ComputedTarget):
+    """Time is in proportion to the number of pixels."""
+
+    def times(self, models, inputs, settings):
+        self.shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
+        samples, conditions = super().times(models, inputs, settings)
+        pixels = inputs.tensors()[0].numel() / INPUTS.numel()
+        return [[pixels * value for value in row] for row in samples], conditions
+
+
+class AnySize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, image, weight):
+        return self.last((self.first(image) * weight[:, None, None, None]).mean((2, 3)))
+
+
+def test_latency_of_several_shapes_is_their_sum():
+    model, inputs, target = AnySize().eval(), {"image": INPUTS, "weight": torch.tensor([2.0])}, PixelTarget()
+    once = prunefront.measure(model, inputs, target)
+    assert once.conditions["shapes_ms"] == {"1x3x12x12": pytest.approx(once.median_ms)}
+    two = prunefront.measure(model, inputs, target, batch_size=2, input_shapes=[[1, 3, 12, 12], [1, 3, 24, 24]])
+    assert target.shapes == [(2, 3, 24, 24), (2,)]
+    assert two.median_ms == pytest.approx(2 * (1 + 4) * once.median_ms)
+    assert two.conditions["shapes_ms"]["2x3x24x24"] == pytest.approx(8 * once.median_ms)
+
+
+def test_shapes_are_part_of_what_is_kept_and_wrong_ones_are_told_before_anything_is_measured(tmp_path):
+    model, inputs, target = AnySize().eval(), {"image": INPUTS, "weight": torch.tensor([2.0])}, PixelTarget()
+    space = prunefront.discover(model, inputs)
+    for options in ({}, {"batch_size": 2}, {"input_shapes": [[1, 3, 12, 12], [1, 3, 20, 20]]}):
+        found = Timing(target, error=1.0, cache=tmp_path, most=8, **options).model(space, Inputs.of(inputs))
+    assert len(list(tmp_path.iterdir())) == 3 and found.dense_ms > 0
+    before = target.measured
+    for options, expected in (
+        ({"input_shapes": [[3, 12, 12]]}, "expected 4 positive whole numbers"),
+        ({"batch_size": 0}, "expected 4 positive"),
+        ({"input_shapes": [[1, 4, 12, 12]]}, "cannot run on inputs of shape 1x4x12x12"),
+    ):
+        timing = Timing(target, **options)
+        with pytest.raises(ConfigError, match=expected):
+            timing.model(space, Inputs.of(inputs))
+        with pytest.raises(ConfigError, match=expected):
+            prunefront.search(model, inputs, score=float, budget={"macs": "50%"}, timing=timing, run_dir=tmp_path)
+    assert target.measured == before
+
+
+def test_values_of_resized_inputs_are_valid():
+    ids = torch.arange(6).reshape(1, 6)
+    (found,) = inputs_at(Inputs.of({"ids": ids, "mask": torch.ones(1, 6), "scale": torch.ones(6)}), 2, [[1, 8]])
+    assert found.kwargs["ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]] * 2
+    assert found.kwargs["mask"].shape == (2, 8) and found.kwargs["scale"].shape == (6,)
+
+
 def test_a_model_needs_measured_plans(space):
-    with pytest.raises(prunefront.PrunefrontError, match="at least 8"):
-        LatencyModel(space, [Measured((1, 1, 1, 1), 0.5)], 1.0)
+    with pytest.raises(prunefront.PrunefrontError, match="at least 4"):
+        LatencyModel(space, Measurements((Measured((1, 1, 1, 1), 0.5),), (), (1.0,)))
 
 
 def fidelity(dense: nn.Module):
