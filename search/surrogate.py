@@ -87,7 +87,9 @@ def _kernel(grams: tuple[Array, Array, Array], hyperparameters: Array) -> Array:
 
 
 def transformed(values: Array) -> Array:
-    """Rising with ``values (plans,)``: linear near the best one, logarithmic far from it."""
-    behind = values.max() - values
-    half = float(np.median(behind)) or float(behind.mean()) or 1.0
-    return -np.log1p(behind / half)
+    """Rising with ``values (plans,)``: the logarithm of losses, whose factors add up; of other scores what is far below
+    the median is raised, since it does not matter how bad a bad plan is."""
+    if (values < 0).all():
+        return -np.log(-values)
+    median = float(np.median(values))
+    return np.maximum(values, median - 2 * (float(values.max()) - median))
