@@ -2,10 +2,10 @@
 
 Run: python -m benchmarks.sampling [--groups 30,100,300] [--trials 100] [--seeds 3] [--samplers ...] [--out FILE]
 
-A space has groups of 16, 32 or 64 units, costs that are products of widths (as of neighbouring layers), and a loss that
-grows exponentially with the logarithm of what a group keeps, with sensitivities that differ a hundredfold, and pairwise
-interactions. Values are minus the logarithm of the loss, with noise. The budget is half of the dense cost. Regret: how far
-the best plan so far is behind the best plan that coordinate search from many starts knows, without noise.
+A space has groups of 16, 32 or 64 units, costs that are products of widths (as of neighbouring layers), and a loss
+that grows exponentially with the logarithm of what a group loses, with sensitivities that differ a hundredfold, and
+pairwise interactions. Values are minus the logarithm of the loss, with noise. The budget is half of the dense cost.
+Regret: how far the best plan so far is behind the best one that an evolution strategy of 200,000 evaluations finds.
 """
 
 from __future__ import annotations

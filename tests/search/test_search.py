@@ -14,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from torch import nn
 
 import prunefront
+from prunefront.search import scores
 from prunefront.search import study as study_module
 from prunefront.spaces.errors import CalibrationError, ConfigError, SearchError, StorageError
 
@@ -43,7 +44,7 @@ def run(run_dir: Path, **options) -> prunefront.Result:
     return prunefront.search(model, INPUTS, run_dir=run_dir, **{**settings, "n_trials": 6, **options})
 
 
-@pytest.mark.parametrize("sampler", ["auto", "gp", "cmaes", "tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["auto", "allocation", "gp", "cmaes", "tpe", "nsga2", "random"])
 def test_every_sampler_finds_models_within_the_budget(tmp_path, sampler):
     result = run(tmp_path, sampler=sampler, n_trials=8, test=fidelity)
     limit = result.space.dense_cost.macs / 2
@@ -267,3 +268,75 @@ def test_nothing_finished_is_lost_when_the_process_is_killed(tmp_path):
     study = run(tmp_path, n_trials=finished).study
     states = [t.state.name for t in study.trials]
     assert states.count("COMPLETE") >= finished and "RUNNING" not in states
+
+
+def labelled() -> prunefront.SampleScore:
+    """Agreement with the dense model's classes: an accuracy by sample."""
+    images = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return scores.accuracy(images, make_model()(images).argmax(1), batch_size=150)
+
+
+def test_a_score_by_sample_is_guided_by_fidelity_and_decides_in_the_end(tmp_path):
+    score = labelled()
+    result = run(tmp_path, score=score, n_trials=12, sampler="auto", finalists=3)
+    assert result.study.metric_names == ["fidelity"]
+    assert all(trial.value <= 0 for trial in result.study.trials)
+    entry = result.best
+    assert entry.metrics["score"] == score(entry.model()) == max(e.metrics["score"] for e in result.front)
+    assert entry.metrics["guide"] in [trial.value for trial in result.study.trials]
+
+
+def test_a_score_can_guide_itself_and_losers_are_given_up_early(tmp_path):
+    result = run(tmp_path, score=labelled(), guide="score", n_trials=30, sampler="random", compensation="none")
+    partly = [trial for trial in result.study.trials if "samples" in trial.user_attrs]
+    assert partly and all(trial.user_attrs["samples"] < 400 for trial in partly)
+    assert all(trial.value < result.best.metrics["guide"] for trial in partly)
+    assert result.best.metrics["score"] == result.best.metrics["guide"]  # without repair there is one effort
+
+
+def test_without_a_score_the_fidelity_to_the_calibration_data_is_it(tmp_path):
+    result = run(tmp_path, score=None)
+    wanted = prunefront.Fidelity(make_model(), CALIBRATION)(result.best.model())
+    assert result.best.metrics["score"] == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(ConfigError, match="nothing to score"):
+        run(
+            tmp_path / "b",
+            model=nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 2)),
+            score=None,
+            calibration=None,
+        )
+
+
+@pytest.mark.parametrize("mode", ["budget", "front"])
+def test_patience_ends_a_search_that_finds_nothing_better(tmp_path, mode):
+    result = run(tmp_path, score=lambda model: 1.0, n_trials=60, patience=5, mode=mode, sampler="random")
+    assert 5 < len(result.study.trials) < 60
+
+
+def test_a_run_learns_from_another_budget_and_refuses_another_model(tmp_path):
+    run(tmp_path / "a", n_trials=14, sampler="auto", budget={"macs": "70%"})
+    result = run(tmp_path / "b", n_trials=3, sampler="auto", warm_start=[tmp_path / "a"])
+    assert len(result.study.trials) == 3
+    assert result.best.metrics["macs"] <= 0.5 * result.space.dense_cost.macs
+    with pytest.raises(SearchError, match="weights"):
+        other = make_model()
+        nn.init.ones_(other[0].weight)
+        run(tmp_path / "c", model=other, warm_start=[tmp_path / "a"])
+
+
+def test_an_optuna_sampler_of_the_users_own_is_used(tmp_path):
+    asked = []
+
+    class Mine(optuna.samplers.RandomSampler):
+        def sample_independent(self, *arguments):
+            asked.append(arguments[2])
+            return super().sample_independent(*arguments)
+
+    run(tmp_path, sampler=Mine(seed=0))
+    assert asked
+
+
+@pytest.mark.parametrize("option", [{"guide": "loss"}, {"finalists": 0}, {"patience": 0}])
+def test_bad_options_are_named(tmp_path, option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        run(tmp_path, **option)

@@ -1,0 +1,101 @@
+"""Our samplers: on the budget, better than chance, learning from other runs; and an exact knapsack."""
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+
+from benchmarks.sampling import SyntheticSpace, run
+from prunefront.search.allocation import choose
+from prunefront.search.budget import Limits
+from prunefront.search.problem import COST_SHARE, SHARES, Problem
+from prunefront.search.sampler import FIRST_TRIALS, Scored, SurrogateSampler, expected_improvement
+from prunefront.search.surrogate import Surrogate
+
+
+def problem(groups: int = 6, share: float = 0.5) -> Problem:
+    space = SyntheticSpace(groups, 0)
+    dense = float(space.cost_batch(space.sizes[None])[0, 0])
+    return Problem(space, Limits((share * dense, *[np.inf] * 4)), "macs")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_knapsack_agrees_with_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    sizes, limits = (3, 4, 2, 4), np.array([2.0, 2.5])
+    gains = [rng.normal(size=size) for size in sizes]
+    costs = [rng.uniform(0, 1, (size, 2)) for size in sizes]
+    feasible = [
+        choice
+        for choice in itertools.product(*map(range, sizes))
+        if (sum(cost[i] for cost, i in zip(costs, choice, strict=True)) <= limits).all()
+    ]
+    best = max(feasible, key=lambda choice: sum(gain[i] for gain, i in zip(gains, choice, strict=True)))
+    assert tuple(choose(gains, costs, limits)) == best
+
+
+def test_a_knapsack_that_nothing_fits_is_an_error():
+    with pytest.raises(ValueError, match="no choice"):
+        choose([np.zeros(2)], [np.ones((2, 1))], np.array([0.5]))
+
+
+@pytest.mark.parametrize("sampler", ["surrogate", "allocation"])
+def test_our_samplers_beat_random_plans(sampler):
+    trials = 60
+    found = np.mean([run(sampler, 8, seed, trials).regret[-1] for seed in range(3)])
+    chance = np.mean([run("random", 8, seed, trials).regret[-1] for seed in range(3)])
+    assert found < chance
+
+
+def test_the_surrogate_predicts_additive_scores_of_plans_that_it_has_not_seen():
+    rng = np.random.default_rng(0)
+    points = rng.normal(0, 0.3, (80, 20))
+    values = 3 + points @ rng.normal(size=20) - (points**2) @ rng.uniform(0, 2, 20)
+    surrogate = Surrogate(points[:60], values[:60], rng)
+    means, deviations = surrogate.predict(points[60:])
+    assert np.corrcoef(means, values[60:])[0, 1] > 0.9
+    assert (np.abs(means - values[60:]) < 4 * deviations).mean() > 0.9
+
+
+def test_expected_improvement_against_sampling():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.3, 0.5, 400_000)
+    expected = np.maximum(draws - 0.6, 0).mean()
+    assert expected_improvement(np.array([0.3]), np.array([0.5]), 0.6)[0] == pytest.approx(expected, rel=0.01)
+
+
+def ask(sampler: SurrogateSampler, study: optuna.Study) -> tuple[dict, np.ndarray]:
+    trial = study.ask(sampler.problem.distributions)
+    space = sampler.problem.space
+    shares = np.array([trial.params[name] for name in space.dimensions])
+    widths = sampler.problem.projector(trial.params.get(COST_SHARE)).fill(shares)
+    named = dict(zip(space.dimensions, widths.tolist(), strict=True))
+    trial.set_user_attr("plan", {"widths": named, "criterion": "synthetic"})
+    study.tell(trial, float(space.value(widths[None])[0]))
+    return trial.params, widths
+
+
+def test_proposals_hold_the_budget_and_are_never_repeated():
+    sampler = SurrogateSampler(problem(), 0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    asked = [ask(sampler, study) for _ in range(30)]
+    widths = np.array([row for _, row in asked])
+    assert (sampler.problem.projector().excess(widths) <= 0).all()
+    assert len({tuple(row) for row in widths[FIRST_TRIALS:].tolist()}) == 30 - FIRST_TRIALS
+    assert all(SHARES[0] <= value <= SHARES[1] for parameters, _ in asked for value in parameters.values())
+
+
+def test_a_search_that_knows_earlier_plans_starts_where_they_are_good():
+    sampler = SurrogateSampler(problem(share=0.6), 0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for _ in range(40):
+        ask(sampler, study)
+    earlier = Scored.of(sampler.problem, study.trials)
+
+    def first(given: Scored | None) -> float:
+        later = SurrogateSampler(problem(share=0.5), 1, given)
+        fresh = optuna.create_study(direction="maximize", sampler=later)
+        return max(float(later.problem.space.value(ask(later, fresh)[1][None])[0]) for _ in range(4))
+
+    assert first(earlier) > first(None)
