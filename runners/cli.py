@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
 #: These take a run as their first argument.
 POSITIONAL = ("front", "load-check", "report")
 #: Parts of task=custom that are built from `_target_` and free arguments, which Hydra's schemas cannot list.
-OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.")
+OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.", "task.training.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,8 @@ from .tracking import Guarded
 
 #: The budget of a search that names none.
 DEFAULT_BUDGET = {"macs": "50%"}
+#: Keys of a task that a search makes no use of: other values are no other task.
+TRAINING_KEYS = ("training", "batch_size")
 
 
 def search(config: DictConfig) -> float:
@@ -147,7 +149,8 @@ def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[
     Raises:
         SearchError: the run directory belongs to another task.
     """
-    folder, described = run_dir / "dense", json.dumps(_plain(config.task), sort_keys=True)
+    searched = {key: value for key, value in _plain(config.task).items() if key not in TRAINING_KEYS}
+    folder, described = run_dir / "dense", json.dumps(searched, sort_keys=True)
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")

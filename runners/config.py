@@ -100,6 +100,7 @@ class Digits:
     width: int = 16
     epochs: int = 20
     seed: int = 0
+    batch_size: int = 64
 
 
 @dataclass
@@ -109,6 +110,7 @@ class CifarResNet:
     data: str | None = None
     calibration_images: int = 1024
     seed: int = 0
+    batch_size: int = 128
 
 
 @dataclass
@@ -122,6 +124,7 @@ class Custom:
     example_inputs: Any = None
     score_name: str = "score"
     autocast: str | None = None
+    training: Any = None
 
 
 @dataclass
