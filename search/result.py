@@ -19,7 +19,7 @@ from ..spaces.errors import SearchError, StorageError
 from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
 from .front import knee, non_dominated
-from .saved import METRICS, RESULT, read_json, read_saved, save_model, write_json
+from .saved import FINETUNED, METRICS, RESULT, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
 
@@ -216,7 +216,10 @@ def _tested(candidates: Candidates, model: nn.Module, test: Score) -> dict[str, 
 
 
 def _remove_others(front: Path, names: set[str]) -> None:
-    """Models that a longer search has found better ones than; their plans stay in the study."""
+    """Models that a longer search has found better ones than; their plans stay in the study.
+
+    Those that were fine-tuned stay: training takes longer than the search.
+    """
     for folder in front.iterdir():
-        if folder.name not in names:
+        if folder.name not in names and not (folder / FINETUNED).exists():
             shutil.rmtree(folder, ignore_errors=True)
