@@ -63,7 +63,7 @@ class Calibration:
             raise CalibrationError("calibration has no batches; pass at least one")
 
     def inputs(self, batch: Any) -> Inputs:
-        return Inputs.of(tuple(batch[: self.arguments]) if isinstance(batch, tuple | list) else batch)
+        return inputs_of(batch, self.arguments)
 
     def __iter__(self) -> Iterator[Inputs]:
         return (self.inputs(batch) for batch in self.batches)
@@ -74,6 +74,11 @@ class Calibration:
 
     def precision(self, model: nn.Module) -> AbstractContextManager[Any]:
         return precision(model, self.autocast)
+
+
+def inputs_of(batch: Any, arguments: int = 1) -> Inputs:
+    """What a batch gives the model: all of a tensor or mapping, the first ``arguments`` items of a tuple or list."""
+    return Inputs.of(tuple(batch[:arguments]) if isinstance(batch, tuple | list) else batch)
 
 
 def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -54,7 +54,7 @@ def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]
 class Epoch:
     """All images once in an order drawn from ``seed``, each batch changed by ``augment(images, generator)``.
 
-    The images ``(n, ...)`` stay as they are stored until a batch is made of them. The last batch takes what is left.
+    The images ``(n, ...)`` stay as they are stored until a batch is made of them. Batches differ by one image at most.
     """
 
     images: torch.Tensor
@@ -68,5 +68,5 @@ class Epoch:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
-        for chosen in torch.randperm(len(self.images), generator=generator).split(self.batch_size):
+        for chosen in torch.randperm(len(self.images), generator=generator).tensor_split(len(self)):
             yield self.augment(self.images[chosen], generator), self.labels[chosen]
