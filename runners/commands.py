@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +81,7 @@ def tracked_search(
     """Search with a progress bar and the tracker of ``config``."""
     objective = objective_of(budget)
     tracker = Guarded(hydra.utils.instantiate(config.tracker))
-    tracker.start(_plain(config), run_dir, dense, objective)
+    tracker.start(plain(config), run_dir, dense, objective)
     result = None
     try:
         with SearchProgress(config.n_trials, objective, dense) as progress:
@@ -149,7 +150,7 @@ def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[
     Raises:
         SearchError: the run directory belongs to another task.
     """
-    searched = {key: value for key, value in _plain(config.task).items() if key not in TRAINING_KEYS}
+    searched = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
     folder, described = run_dir / "dense", json.dumps(searched, sort_keys=True)
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
@@ -172,7 +173,7 @@ def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
         loss=task.loss,
         autocast=task.autocast,
         seed=config.seed,
-        **_plain(config.space),
+        **plain(config.space),
     )
 
 
@@ -267,21 +268,26 @@ def front(config: DictConfig) -> None:
     """Show the front of a run; with a budget, what holds it and the best of that."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    entries, picked, dense = run["front"], run["picked"], run["dense"]
-    budget = given_budget(config)
-    if budget:
-        costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
-        limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
-        rows = [
-            [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
-            for entry in entries
-        ]
-        entries = [entry for entry, row in zip(entries, rows, strict=True) if limits.holds(row)]
-        if not entries:
-            raise SearchError(f"no model of the front of {run_dir} holds the budget; search with it")
-        picked = max(entries, key=lambda entry: entry["score"])["name"]
-    console.print(front_table(entries, picked, dense))
+    entries, picked = run["front"], run["picked"]
+    if budget := given_budget(config):
+        picked, entries = best_within(run, budget)
+    console.print(front_table(entries, picked, run["dense"]))
     console.print(f'load    prunefront.load("{run_dir / "front" / picked}")', soft_wrap=True, highlight=False)
+
+
+def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """Of a run's front the name of the best entry that holds the budget, and all that do. Raises SearchError."""
+    dense = run["dense"]
+    costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
+    limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
+    rows = {
+        entry["name"]: [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
+        for entry in run["front"]
+    }
+    entries = [entry for entry in run["front"] if limits.holds(rows[entry["name"]])]
+    if not entries:
+        raise SearchError("no model of the front of the run holds the budget; search with it")
+    return max(entries, key=lambda entry: entry["score"])["name"], entries
 
 
 def report(config: DictConfig) -> None:
@@ -309,5 +315,5 @@ def chosen_budget(config: DictConfig) -> dict[str, str]:
     return given_budget(config) or ({} if config.mode == "front" else DEFAULT_BUDGET)
 
 
-def _plain(config: DictConfig) -> Any:
+def plain(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=True)

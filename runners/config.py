@@ -187,6 +187,59 @@ class Front:
 
 
 @dataclass
+class Distill:
+    """See ``prunefront.Distill``."""
+
+    weight: float = 0.0
+    temperature: float = 4.0
+    hidden: float = 0.0
+
+
+@dataclass
+class Recipe:
+    """Arguments of ``prunefront.Recipe``, and a name for what is saved."""
+
+    name: str = MISSING
+    optimizer: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.9
+    weight_decay: float = MISSING
+    epochs: float = 5.0
+    steps: int | None = None
+    warmup: float = 0.05
+    final_lr: float = 0.0
+    label_smoothing: float = 0.0
+    precision: str = "bfloat16"
+    clip_norm: float | None = None
+    ema: float = 0.0
+    evaluate_steps: int | None = None
+    patience: int | None = None
+    checkpoint_min: float = 10.0
+    seed: int = 0
+    distill: Distill = field(default_factory=Distill)
+
+
+@dataclass
+class Pick(Budget):
+    """Which models of a front: the best within a budget, or ``names``."""
+
+    names: Any = None
+
+
+@dataclass
+class Finetune:
+    """``prunefront finetune RUN``."""
+
+    task: Any = MISSING
+    tracker: Any = MISSING
+    finetune: Any = MISSING
+    run: str = MISSING
+    pick: Pick = field(default_factory=Pick)
+    device: str = "cpu"
+    restart: bool = False
+
+
+@dataclass
 class Report:
     """``prunefront report RUN``."""
 
@@ -209,11 +262,12 @@ def register() -> None:
         "space": SpaceCommand,
         "measure": Measure,
         "front": Front,
+        "finetune": Finetune,
         "report": Report,
         "load_check": LoadCheck,
     }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
-    groups |= {"space/options": Space}
+    groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
