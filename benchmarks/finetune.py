@@ -96,7 +96,6 @@ def measure(
                         test=task.test,
                         recipe=recipe,
                         teacher=dense if distill else None,
-                        calibration=task.calibration,
                         autocast=task.autocast,
                         example_inputs=task.example_inputs,
                         run_dir=None if folder is None else folder / kept,

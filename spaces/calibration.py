@@ -275,9 +275,9 @@ def check_calibration(model: nn.Module, calibration: Calibration | None) -> None
         )
 
 
-def recalibrate(model: nn.Module, calibration: Calibration) -> None:
+def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SAMPLES) -> None:
     """Replace the running statistics of every BatchNorm layer by their average over ``calibration``, or over its first
-    batches up to ``NORM_SAMPLES`` samples."""
+    batches up to ``limit`` samples."""
     layers = batch_norms(model)
     if not layers:
         return
@@ -292,7 +292,7 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
             for inputs in calibration:
                 inputs.call(model)
                 samples += len(inputs.tensors()[0])
-                if samples >= NORM_SAMPLES:
+                if samples >= limit:
                     break
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

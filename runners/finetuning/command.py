@@ -88,7 +88,6 @@ def _one(
                 test=task.test,
                 recipe=recipe,
                 teacher=teacher,
-                calibration=task.calibration,
                 autocast=task.autocast,
                 example_inputs=task.example_inputs,
                 plan=Plan.from_json(read_plan(source)["plan"]),

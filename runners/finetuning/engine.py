@@ -18,19 +18,21 @@ from ...search.candidates import Score
 from ...search.engine import weights_digest
 from ...search.saved import METRICS, load, read_json, save_model
 from ...spaces import Plan
-from ...spaces.calibration import NORM_SAMPLES, Calibration, batch_norms, inputs_of
+from ...spaces.calibration import Calibration, batch_norms, inputs_of
 from ...spaces.copying import copy_model
 from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError
 from ...spaces.inputs import Inputs
 from . import randomness
 from .distillation import Loss, Objective
-from .loop import Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
+from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 #: Changing these of a recipe changes nothing in the result.
 FREE = ("checkpoint_min",)
+#: Batches for BatchNorm's statistics are kept in memory.
+MAX_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ def finetune(
     test: Score | None = None,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
-    calibration: Iterable[Any] | None = None,
     autocast: torch.dtype | None = None,
     example_inputs: Any = None,
     plan: Plan | None = None,
@@ -67,10 +68,11 @@ def finetune(
     batch is a tensor, a mapping of keyword arguments, or a tuple or list that starts with the model's input.
     ``loss``: a function of an output and a batch; Hugging Face models bring their own. ``score`` is called during
     training, on data that is neither training nor test data, ``test`` once in the end; both get the model in
-    evaluation mode, in precision ``autocast``. ``teacher``: the dense model, for ``recipe.distill``. ``calibration``:
-    batches with which BatchNorm is recalibrated before every score; by default the first ones of ``training``.
+    evaluation mode, in precision ``autocast``. ``teacher``: the dense model, for ``recipe.distill``.
     ``example_inputs`` of the saved model are by default the first sample of ``training``; ``plan`` and ``metrics``
     (costs, what is known already) are written down with it. ``callbacks`` are called with a :class:`Progress`.
+
+    BatchNorm is recalibrated on training batches before every score.
 
     The same call with the same ``run_dir`` goes on where a killed one has written its last checkpoint, and returns
     what a finished one has saved; with ``restart`` it trains anew.
@@ -94,18 +96,11 @@ def finetune(
         identity = _identity(model, recipe, _batches(epochs, recipe.seed))
         if directory is not None and (directory / METRICS).exists():
             return _finished(directory, identity, model)
-        given = calibration
-        if given is None and batch_norms(model):
-            given = _some_batches(epochs, recipe.seed)
-        if given is not None and device.type != "cpu":
-            given = [on_device(batch, device, torch.preserve_format) for batch in given]
-        data = Data(
-            epochs,
-            identity["batches"],
-            None if given is None else Calibration(given, autocast=autocast),
-            score,
-            autocast,
-        )
+        calibration = None
+        if batch_norms(model):
+            batches = [on_device(batch, device, memory_format(model)) for batch in _some_batches(epochs, recipe.seed)]
+            calibration = Calibration(batches, autocast=autocast)
+        data = Data(epochs, identity["batches"], calibration, score, autocast)
         trained = copy_model(model).to(memory_format=memory_format(model))
         with Objective(trained, loss, recipe, teacher if recipe.distill else None) as objective:
             checkpoint = None if directory is None else checkpoint_of(directory)
@@ -180,14 +175,16 @@ def _first_sample(epochs: Training, seed: int) -> Inputs:
 
 
 def _some_batches(epochs: Training, seed: int) -> list[Any]:
-    """Enough for BatchNorm's statistics."""
+    """Enough for BatchNorm's statistics, as far as they are no more than ``MAX_BYTES``."""
     randomness.seed_all(seed, 0)
     found: list[Any] = []
-    samples = 0
+    samples, size = 0, 0
     for batch in epochs(randomness.seed_of(seed, 0)):
         found.append(batch)
-        samples += len(inputs_of(batch).tensors()[0])
-        if samples >= NORM_SAMPLES:
+        tensors = inputs_of(batch).tensors()
+        samples += len(tensors[0])
+        size += sum(tensor.nbytes for tensor in tensors)
+        if samples >= NORM_SAMPLES or size >= MAX_BYTES:
             break
     return found
 

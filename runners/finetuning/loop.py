@@ -29,6 +29,8 @@ from .recipe import Recipe
 Training = Callable[[int], Iterable[Any]]
 #: The loss is a curve of about so many points.
 POINTS = 200
+#: BatchNorm is recalibrated on so many samples: fewer cost tenths of a point of accuracy after training.
+NORM_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Data:
     training: Training
     #: Of an epoch.
     batches: int
+    #: Augmented training batches: on images as they are, which it has seen, a model's statistics are other ones.
     calibration: Calibration | None
     score: Score | None
     #: Precision of recalibration and scores.
@@ -201,7 +204,7 @@ class Loop:
         if self.average is not None:
             copy_buffers(self.average, self.model)
         if self.data.calibration is not None:
-            recalibrate(self.scored, self.data.calibration)
+            recalibrate(self.scored, self.data.calibration, NORM_SAMPLES)
         if self.data.score is None:
             return
         score = scored(self.scored, self.data.score, "score", self.data.autocast)
