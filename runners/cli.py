@@ -18,19 +18,21 @@ from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from . import commands
 from .config import register
 from .display import errors
+from .finetuning.command import command as finetune
 
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "space": (commands.space, "prunefront space task=digits"),
     "search": (commands.search, "prunefront search task=digits budget.macs=40% n_trials=200"),
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
+    "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
 #: These take a run as their first argument.
-POSITIONAL = ("front", "load-check", "report")
+POSITIONAL = ("front", "finetune", "load-check", "report")
 #: Parts of task=custom that are built from `_target_` and free arguments, which Hydra's schemas cannot list.
-OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.")
+OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.", "task.training.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PrunefrontError as error:
         return _report_error(error, debug)
     except KeyboardInterrupt:
-        errors.print("interrupted; finished trials are kept, continue with resume=<run>", style="yellow")
+        errors.print(
+            "interrupted; what is finished is kept: search on with resume=<run>, fine-tune with the same command",
+            style="yellow",
+        )
         return 130
 
 
@@ -96,26 +101,44 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         if name != "search" or {"-m", "--multirun"} & set(overrides):
             raise ConfigError("resume=RUN continues one run of the search command; it does not go with -m")
         overrides.remove(resumed[-1])
-        overrides = resume(Path(resumed[-1].removeprefix("resume=")), overrides)
+        run_dir = Path(resumed[-1].removeprefix("resume="))
+        kept = inherited(run_dir, overrides, f"prunefront search resume={run_dir}")
+        overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
+    if name == "finetune":
+        overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
+        overrides = [*_of_the_search(overrides), *overrides]
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
 
 
-def resume(run_dir: Path, overrides: Sequence[str]) -> list[str]:
-    """The overrides that the run was started with, then the new ones.
+def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Sequence[str] = ()) -> list[str]:
+    """The overrides that the run was started with, all or those of ``keys``, without the ones given anew.
 
-    A run's files never choose which code is run: overrides of task=custom must be given again.
+    A run's files never choose which code is run: overrides of task=custom must be given again. ``command`` is what the
+    user is told to repeat with them.
     """
     stored = _stored_overrides(run_dir)
     given = {_key(override) for override in overrides}
     kept = [override for override in stored if _key(override) not in given | {"run_dir"}]
+    # Of a choice that was made anew, such as another tracker, the old one's options say nothing.
+    chosen = tuple(f"{_key(override)}." for override in overrides if override not in stored)
+    kept = [override for override in kept if not override.startswith(chosen)]
+    kept = [override for override in kept if not keys or _key(override).partition(".")[0] in keys]
     foreign = [override for override in kept if not _is_harmless(override, stored)]
     if foreign:
-        command = ["prunefront", "search", f"resume={run_dir}", *foreign]
         raise ConfigError(
             f"{run_dir} was started with code of its own, which is not run because a file says so; "
-            f"if it is yours, repeat: {shlex.join(command)}"
+            f"if it is yours, repeat: {command} {shlex.join(foreign)}"
         )
-    return [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
+    return kept
+
+
+def _of_the_search(overrides: Sequence[str]) -> list[str]:
+    """Task and tracker of the run that is fine-tuned; none where the user names a task for a run of the Python API."""
+    given = {_key(override): override.partition("=")[2].strip("'") for override in overrides}
+    run_dir = Path(given.get("run", ""))
+    if "run" not in given or ("task" in given and not (run_dir / ".hydra").exists()):
+        return []
+    return inherited(run_dir, overrides, f"prunefront finetune {shlex.quote(str(run_dir))}", ("task", "tracker"))
 
 
 def _stored_overrides(run_dir: Path) -> list[str]:
@@ -199,7 +222,7 @@ def command_help(name: str) -> str:
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
-    for group in ("task", "space", "target", "tracker"):
+    for group in ("task", "space", "finetune", "target", "tracker"):
         if f"- {group}:" in text:
             lines += ["", f"{group}=... one of"]
             for file in sorted((files / group).iterdir(), key=lambda file: file.name):

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +42,8 @@ from .tracking import Guarded
 
 #: The budget of a search that names none.
 DEFAULT_BUDGET = {"macs": "50%"}
+#: Keys of a task that a search makes no use of: other values are no other task.
+TRAINING_KEYS = ("training", "batch_size")
 
 
 def search(config: DictConfig) -> float:
@@ -84,7 +86,7 @@ def tracked_search(
     """Search with a progress bar and the tracker of ``config``."""
     objective = objective_of(budget)
     tracker = Guarded(hydra.utils.instantiate(config.tracker))
-    tracker.start(_plain(config), run_dir, dense, objective)
+    tracker.start(plain(config), run_dir, dense, objective)
     result = None
     try:
         with SearchProgress(config.n_trials, objective, dense) as progress:
@@ -101,7 +103,7 @@ def tracked_search(
                 guide=config.guide,
                 finalists=config.finalists,
                 sampler=sampler_of(config),
-                warm_start=_plain(config.warm_start),
+                warm_start=plain(config.warm_start),
                 seed=config.seed,
                 run_dir=run_dir,
                 space=space,
@@ -149,7 +151,7 @@ def timing_of(config: DictConfig) -> Timing | None:
         settings=Settings(tolerance=options.tolerance, limit_s=options.measurement_s, seed=config.seed),
         cache=Path(options.cache).expanduser(),
         batch_size=options.batch_size,
-        input_shapes=_plain(options.input_shapes),
+        input_shapes=plain(options.input_shapes),
     )
 
 
@@ -169,7 +171,8 @@ def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[
     Raises:
         SearchError: the run directory belongs to another task.
     """
-    folder, described = run_dir / "dense", json.dumps(_plain(config.task), sort_keys=True)
+    searched = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
+    folder, described = run_dir / "dense", json.dumps(searched, sort_keys=True)
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
@@ -191,7 +194,7 @@ def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
         loss=task.loss,
         autocast=task.autocast,
         seed=config.seed,
-        **_plain(config.space),
+        **plain(config.space),
     )
 
 
@@ -304,21 +307,26 @@ def front(config: DictConfig) -> None:
     """Show the front of a run; with a budget, what holds it and the best of that."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    entries, picked, dense = run["front"], run["picked"], run["dense"]
-    budget = given_budget(config)
-    if budget:
-        costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
-        limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
-        rows = [
-            [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
-            for entry in entries
-        ]
-        entries = [entry for entry, row in zip(entries, rows, strict=True) if limits.holds(row)]
-        if not entries:
-            raise SearchError(f"no model of the front of {run_dir} holds the budget; search with it")
-        picked = max(entries, key=lambda entry: entry["score"])["name"]
-    console.print(front_table(entries, picked, dense))
+    entries, picked = run["front"], run["picked"]
+    if budget := given_budget(config):
+        picked, entries = best_within(run, budget)
+    console.print(front_table(entries, picked, run["dense"]))
     console.print(f'load    prunefront.load("{run_dir / "front" / picked}")', soft_wrap=True, highlight=False)
+
+
+def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """Of a run's front the name of the best entry that holds the budget, and all that do. Raises SearchError."""
+    dense = run["dense"]
+    costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
+    limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
+    rows = {
+        entry["name"]: [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
+        for entry in run["front"]
+    }
+    entries = [entry for entry in run["front"] if limits.holds(rows[entry["name"]])]
+    if not entries:
+        raise SearchError("no model of the front of the run holds the budget; search with it")
+    return max(entries, key=lambda entry: entry["score"])["name"], entries
 
 
 def report(config: DictConfig) -> None:
@@ -346,5 +354,5 @@ def chosen_budget(config: DictConfig) -> dict[str, str]:
     return given_budget(config) or ({} if config.mode == "front" else DEFAULT_BUDGET)
 
 
-def _plain(config: DictConfig) -> Any:
+def plain(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=True)

@@ -103,6 +103,7 @@ class Digits:
     width: int = 16
     epochs: int = 20
     seed: int = 0
+    batch_size: int = 64
 
 
 @dataclass
@@ -112,6 +113,7 @@ class CifarResNet:
     data: str | None = None
     calibration_images: int = 2048
     seed: int = 0
+    batch_size: int = 128
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Custom:
     example_inputs: Any = None
     score_name: str = "score"
     autocast: str | None = None
+    training: Any = None
 
 
 @dataclass
@@ -192,6 +195,59 @@ class Front:
 
 
 @dataclass
+class Distill:
+    """See ``prunefront.Distill``."""
+
+    weight: float = 0.0
+    temperature: float = 4.0
+    hidden: float = 0.0
+
+
+@dataclass
+class Recipe:
+    """Arguments of ``prunefront.Recipe``, and a name for what is saved."""
+
+    name: str = MISSING
+    optimizer: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.9
+    weight_decay: float = MISSING
+    epochs: float = 5.0
+    steps: int | None = None
+    warmup: float = 0.05
+    final_lr: float = 0.0
+    label_smoothing: float = 0.0
+    precision: str = "bfloat16"
+    clip_norm: float | None = None
+    ema: float = 0.0
+    evaluate_steps: int | None = None
+    patience: int | None = None
+    checkpoint_min: float = 10.0
+    seed: int = 0
+    distill: Distill = field(default_factory=Distill)
+
+
+@dataclass
+class Pick(Budget):
+    """Which models of a front: the best within a budget, or ``names``."""
+
+    names: Any = None
+
+
+@dataclass
+class Finetune:
+    """``prunefront finetune RUN``."""
+
+    task: Any = MISSING
+    tracker: Any = MISSING
+    finetune: Any = MISSING
+    run: str = MISSING
+    pick: Pick = field(default_factory=Pick)
+    device: str = "cpu"
+    restart: bool = False
+
+
+@dataclass
 class Report:
     """``prunefront report RUN``."""
 
@@ -214,11 +270,12 @@ def register() -> None:
         "space": SpaceCommand,
         "measure": Measure,
         "front": Front,
+        "finetune": Finetune,
         "report": Report,
         "load_check": LoadCheck,
     }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
-    groups |= {"space/options": Space}
+    groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}

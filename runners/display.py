@@ -26,6 +26,7 @@ from ..search.stairs import LEAST_WIDTHS, PERIODS, Stairs, override
 from ..search.study import finished
 from ..spaces import Space
 from ..spaces.groups import Frozen, Group
+from .finetuning import Progress as Point
 
 #: Log messages pass above a live progress bar only when both are written by the same console.
 console = Console()
@@ -74,6 +75,55 @@ class SearchProgress:
         best, guide = max(trials, key=lambda t: t.values[0]), (study.metric_names or ["score"])[0]
         share = best.user_attrs["costs"][self.objective] / self.dense[self.objective]
         return f"{guide} {best.values[0]:.4f} at {share:.1%} {self.objective}"
+
+
+class TrainingProgress:
+    """A live bar with loss, score and rate; one more point at every call."""
+
+    def __init__(self, title: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.bar = self.progress.add_task(title, total=None, told="")
+        self.rate, self.score = "", ""
+
+    def __enter__(self) -> TrainingProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, point: Point) -> None:
+        if point.score is not None:
+            self.score = f"score {point.score:.4f}"
+        if point.steps_per_s is not None:
+            self.rate = f"{point.steps_per_s:.3g} steps/s"
+        told = ", ".join(part for part in (f"loss {point.loss:.4g}", self.score, self.rate) if part)
+        self.progress.update(self.bar, completed=point.step, total=point.steps, told=told)
+
+
+def finetuned_table(
+    found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, float], score_name: str = "score"
+) -> Table:
+    """``found``: metrics of fine-tuned models by name; those from before stand with ``_before``."""
+    table = Table(caption=f"{score_name} before and after; differences are to the dense model")
+    for heading in ("model", "search, before", "after", "test, before", "after", "MACs", "steps"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, metrics in found.items():
+        scores = [
+            _score(metrics.get(key), dense.get(split))
+            for split in ("score", "test")
+            for key in (f"{split}_before", split)
+        ]
+        table.add_row(name, *scores, _count(metrics.get("macs"), dense.get("macs")), f"{metrics['steps']:,}")
+    return table
 
 
 def front_table(

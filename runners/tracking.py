@@ -1,4 +1,5 @@
-"""Experiment trackers: told about every trial and the final front; none of their failures ends a search."""
+"""Experiment trackers: told about every trial and the final front, or about every point of a fine-tuning; none of their
+failures ends a run."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,6 +18,7 @@ from ..search import Result
 from ..search.front import hypervolume
 from ..search.study import finished
 from .figures import front_figure, scored_trials
+from .finetuning import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,15 @@ class Tracker(Protocol):
     def finish(self, result: Result | None) -> None:
         """Once at the end; None when the search ended with an error."""
 
+    def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
+        """Before a model of the search in ``run_dir`` is trained on. ``name``: of the model and the recipe."""
+
+    def step(self, progress: Progress) -> None:
+        """At every point of the loss curve, and after evaluations."""
+
+    def finish_finetuning(self, metrics: Mapping[str, Any] | None) -> None:
+        """Once at the end; None when training ended with an error."""
+
 
 class NoTracker:
     """``tracker=none``."""
@@ -43,6 +55,15 @@ class NoTracker:
         pass
 
     def finish(self, result: Result | None) -> None:
+        pass
+
+    def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
+        pass
+
+    def step(self, progress: Progress) -> None:
+        pass
+
+    def finish_finetuning(self, metrics: Mapping[str, Any] | None) -> None:
         pass
 
 
@@ -61,11 +82,20 @@ class Guarded:
     def finish(self, result: Result | None) -> None:
         self._attempt(lambda: self.tracker.finish(result))
 
+    def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
+        self._attempt(lambda: self.tracker.start_finetuning(config, run_dir, name))
+
+    def step(self, progress: Progress) -> None:
+        self._attempt(lambda: self.tracker.step(progress))
+
+    def finish_finetuning(self, metrics: Mapping[str, Any] | None) -> None:
+        self._attempt(lambda: self.tracker.finish_finetuning(metrics))
+
     def _attempt(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # a network, a full disk, a service's bug: none of it is worth the search
-            logger.warning("tracking ends here, the search goes on: %s: %s", type(error).__name__, error)
+            logger.warning("tracking ends here, the run goes on: %s: %s", type(error).__name__, error)
             self.tracker = NoTracker()
 
 
@@ -86,27 +116,45 @@ class WandbTracker:
         self.project, self.entity, self.name, self.mode = project, entity, name, mode
 
     def start(self, config: dict[str, Any], run_dir: Path, dense: Mapping[str, float], objective: str) -> None:
+        self._open({**config, "dense": dict(dense)}, run_dir, self.name or run_dir.name, "search", "prunefront-id")
+        self.dense, self.objective = dict(dense), objective
+        # The hypervolume counts from score 0, or from twice the dense score where scores are negative (losses).
+        self.reference = (min(0.0, 2 * self.dense["score"]), self.dense[objective])
+
+    def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
+        self._open(config, run_dir, f"{self.name or run_dir.name}/{name}", "finetune", f"{name.replace('/', '-')}-id")
+
+    def _open(self, config: dict[str, Any], run_dir: Path, name: str, kind: str, file: str) -> None:
+        """Start or continue a W&B run; all runs of one search are a group."""
         import wandb  # about a second, and only where it is used
 
         mode = self.mode or os.environ.get("WANDB_MODE")
         if mode is None and not wandb.api.api_key:
             mode = "offline"
-        identity = run_dir / "wandb" / "prunefront-id"
-        identity.parent.mkdir(parents=True, exist_ok=True)
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=self.project,
             entity=self.entity,
-            name=self.name or run_dir.name,
-            id=identity.read_text(),
+            name=name,
+            group=f"{run_dir.name}-{_identity(run_dir / 'wandb' / 'prunefront-id')}",
+            job_type=kind,
+            id=_identity(run_dir / "wandb" / file),
             resume=None if mode == "offline" else "allow",  # several offline runs of one id are joined by `wandb sync`
             dir=run_dir,
             mode=cast(Any, mode),  # W&B checks the value
-            config={**config, "dense": dict(dense)},
+            config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self.dense, self.objective = dict(dense), objective
+
+    def step(self, progress: Progress) -> None:
+        values = {key: value for key, value in asdict(progress).items() if value is not None and key != "steps"}
+        self.run.log(values, step=values.pop("step"))
+
+    def finish_finetuning(self, metrics: Mapping[str, Any] | None) -> None:
+        if metrics is not None:
+            for key, value in metrics.items():
+                if isinstance(value, int | float):
+                    self.run.summary[f"final/{key}"] = value
+        self.run.finish(exit_code=0 if metrics is not None else 1)
 
     def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         trials = finished(study)
@@ -148,3 +196,11 @@ class WandbTracker:
         for key, value in result.best.metrics.items():
             self.run.summary[f"picked/{key}"] = value
         self.run.finish()
+
+
+def _identity(path: Path) -> str:
+    """The name of a W&B run or group, drawn once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()

@@ -22,7 +22,7 @@ from .candidates import Candidates, Score
 from .front import knee, non_dominated
 from .guidance import Guidance
 from .problem import LATENCY_MS
-from .saved import METRICS, RESULT, read_json, read_saved, save_model, write_json
+from .saved import FINETUNED, METRICS, RESULT, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
 
@@ -234,7 +234,10 @@ def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:
 
 
 def _remove_others(front: Path, names: set[str]) -> None:
-    """Models that a longer search has found better ones than; their plans stay in the study."""
+    """Models that a longer search has found better ones than; their plans stay in the study.
+
+    Those that were fine-tuned stay: training takes longer than the search.
+    """
     for folder in front.iterdir():
-        if folder.name not in names:
+        if folder.name not in names and not (folder / FINETUNED).exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -23,12 +23,14 @@ from ..spaces.surgery import tensors_of
 
 FORMAT = 1
 PLAN, WEIGHTS, METRICS, RESULT = "plan.json", "weights.safetensors", "metrics.json", "result.json"
+#: Folder of what was trained on from a saved model, inside the folder of that.
+FINETUNED = "finetuned"
 
 
 def save_model(
     directory: Path, model: nn.Module, plan: Plan | None, metrics: Mapping[str, Any], example_inputs: Any
 ) -> None:
-    """Write ``model`` to ``directory``, all of it or nothing; what was there before is replaced.
+    """Write ``model`` to ``directory``, all of it or nothing; files of before are replaced, folders in it stay.
 
     The model is rebuilt from its description and run on ``example_inputs``: if that does not give the same output, the
     reason is written down and :func:`load` asks for a dense model.
@@ -57,6 +59,8 @@ def save_model(
         content["sha256"] = _digest(content)
         write_json(temporary / PLAN, content)
         write_json(temporary / METRICS, dict(metrics))
+        for folder in [path for path in directory.glob("*") if path.is_dir()]:
+            folder.replace(temporary / folder.name)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.replace(directory)
     except (OSError, SafetensorError) as error:

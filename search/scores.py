@@ -44,11 +44,17 @@ class SampleScore:
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
         with evaluating(model), torch.inference_mode():
-            values = self.of_output(inputs_of(self.batches[part], self.arguments).call(model), part)
+            values = self.of_output(self._output(model, part), part)
         return np.asarray(values.double().cpu().numpy())
 
     def of_output(self, output: Any, part: int) -> torch.Tensor:
         return self._value(output, self.batches[part])
+
+    def _output(self, model: nn.Module, part: int) -> Any:
+        """What ``model`` answers, computed where it is and brought to the CPU."""
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        inputs = inputs_of(self.batches[part], self.arguments).map(lambda leaf: _moved(leaf, device))
+        return tree_map(lambda leaf: _moved(leaf, torch.device("cpu")), inputs.call(model))
 
     def in_parts(self, samples: int | None = None, seed: int = 0) -> SampleScore:
         """The same on ``samples`` drawn at random, in parts of which the first is a tenth."""
@@ -78,7 +84,7 @@ class Fidelity(SampleScore):
             raise ConfigError(f"unknown measure of fidelity {measure!r}; expected one of {', '.join(MEASURES)}")
         super().__init__(batches, lambda output, _: output, arguments)
         with evaluating(dense), torch.inference_mode():
-            outputs = [inputs_of(batch, arguments).call(dense) for batch in self.batches]
+            outputs = [self._output(dense, part) for part in range(len(self.batches))]
         self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"
         held = [self._rows(output) for output in outputs]
         self._scale = 1 / max(float(np.mean([float(rows.var(unbiased=False)) for rows in held])), 1e-12)
@@ -99,6 +105,10 @@ class Fidelity(SampleScore):
         rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
         return rows[:, :: -(-rows.shape[1] // room)]
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def inputs_of(batch: Any, arguments: int) -> Inputs:

@@ -63,7 +63,7 @@ class Calibration:
             raise CalibrationError("calibration has no batches; pass at least one")
 
     def inputs(self, batch: Any) -> Inputs:
-        return Inputs.of(tuple(batch[: self.arguments]) if isinstance(batch, tuple | list) else batch)
+        return inputs_of(batch, self.arguments)
 
     def __iter__(self) -> Iterator[Inputs]:
         return (self.inputs(batch) for batch in self.batches)
@@ -74,6 +74,11 @@ class Calibration:
 
     def precision(self, model: nn.Module) -> AbstractContextManager[Any]:
         return precision(model, self.autocast)
+
+
+def inputs_of(batch: Any, arguments: int = 1) -> Inputs:
+    """What a batch gives the model: all of a tensor or mapping, the first ``arguments`` items of a tuple or list."""
+    return Inputs.of(tuple(batch[:arguments]) if isinstance(batch, tuple | list) else batch)
 
 
 def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -270,9 +275,9 @@ def check_calibration(model: nn.Module, calibration: Calibration | None) -> None
         )
 
 
-def recalibrate(model: nn.Module, calibration: Calibration) -> None:
+def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SAMPLES) -> None:
     """Replace the running statistics of every BatchNorm layer by their average over ``calibration``, or over its first
-    batches up to ``NORM_SAMPLES`` samples."""
+    batches up to ``limit`` samples."""
     layers = batch_norms(model)
     if not layers:
         return
@@ -287,7 +292,7 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
             for inputs in calibration:
                 inputs.call(model)
                 samples += len(inputs.tensors()[0])
-                if samples >= NORM_SAMPLES:
+                if samples >= limit:
                     break
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -43,3 +43,7 @@ class ConfigError(PrunefrontError, ValueError):
 
 class TargetError(PrunefrontError):
     """A target cannot measure: unreachable, its runtime is missing, an export failed, a model hangs."""
+
+
+class FinetuneError(PrunefrontError, RuntimeError):
+    """Fine-tuning cannot start or cannot go on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ class Task:
     test: Callable[[nn.Module], float] | None = None
     #: What the two numbers are, for tables and reports.
     score_name: str = "score"
-    #: ``loss(output, batch)`` of a calibration batch, for criteria that take gradients; None: see ``Calibration``.
+    #: ``loss(output, batch)`` of a calibration or training batch; None: criteria do without, nothing can be fine-tuned.
     loss: Callable[[Any, Any], torch.Tensor] | None = None
+    #: ``training(seed)`` gives the augmented batches of one epoch, of one seed always the same; None: no fine-tuning.
+    training: Callable[[int], Iterable[Any]] | None = None
     #: Precision of calibration and scores; None is that of the model.
     autocast: torch.dtype | None = None
     #: ``make_model`` trains: a continued run takes its dense model from the run instead.
@@ -39,3 +41,25 @@ class Task:
 def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Loss of logits ``(n, classes)`` on a batch of images and labels ``(n,)``."""
     return F.cross_entropy(output.float(), batch[1])
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """All images once in an order drawn from ``seed``, each batch changed by ``augment(images, generator)``.
+
+    The images ``(n, ...)`` stay as they are stored until a batch is made of them. Batches differ by one image at most.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for chosen in torch.randperm(len(self.images), generator=generator).tensor_split(len(self)):
+            yield self.augment(self.images[chosen], generator), self.labels[chosen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from ...search.scores import accuracy
 from ...spaces.errors import ConfigError
-from .base import Task, cross_entropy
+from .base import Epoch, Task, cross_entropy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = (20, 56)
 ARCHIVE = "cifar10_jpeg.npz"
+PADDING = 4
 
 
 class BasicBlock(nn.Module):
@@ -59,7 +60,13 @@ class CifarResNet(nn.Module):
         return self.linear(out.mean(dim=(2, 3)))
 
 
-def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: int = 2048, seed: int = 0) -> Task:
+def cifar_resnet(
+    depth: int = 56,
+    data: str | None = None,
+    calibration_images: int = 2048,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Task:
     """The weights have seen all training images: candidates are scored on the even test images, the front on the odd.
 
     ``data`` is the folder with ``cifar10_jpeg.npz`` and ``resnet<depth>_cifar10.safetensors``; by default that of the
@@ -87,6 +94,7 @@ def cifar_resnet(depth: int = 56, data: str | None = None, calibration_images: i
         example_inputs=(test[:1],),
         calibration=list(zip(calibration.split(256), calibration_labels.split(256), strict=True)),
         loss=cross_entropy,
+        training=Training(archive, batch_size),
         score=accuracy(test[::2].clone(), test_labels[::2]),
         test=accuracy(test[1::2].clone(), test_labels[1::2]),
         score_name="accuracy",
@@ -107,8 +115,49 @@ def _load_model(depth: int, weights: Path) -> nn.Module:
     return model.eval().to(memory_format=torch.channels_last)
 
 
+class Training:
+    """Epochs of the training images, which are decoded when the first one is asked for; 150 MB of memory."""
+
+    def __init__(self, archive: Path, batch_size: int) -> None:
+        self.archive, self.batch_size = archive, batch_size
+
+    def __call__(self, seed: int) -> Epoch:
+        return Epoch(*self.pixels, augment, self.batch_size, seed)
+
+    @cached_property
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bytes ``(n, 32, 32, 3)`` and labels ``(n,)``."""
+        with np.load(self.archive, allow_pickle=False) as arrays:
+            labels = torch.from_numpy(arrays["train_label"].astype(np.int64))
+            return decode_bytes(arrays["train_jpeg"], arrays["train_offset"], np.arange(len(labels))), labels
+
+
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Bytes ``(n, 32, 32, 3)`` to normalised images ``(n, 3, 32, 32)``, channels last in memory: each image is padded
+    by four black pixels, cropped to its size at a place of its own, and mirrored or not (He et al. 2015)."""
+    count, size = pixels.shape[:2]
+    rows, columns = (torch.randint(2 * PADDING + 1, (count, 1), generator=generator) for _ in range(2))
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    along = torch.arange(size)
+    columns = columns + torch.where(mirrored, size - 1 - along, along)
+    padded = F.pad(pixels, (0, 0, *[PADDING] * 4))
+    images = padded[torch.arange(count).view(-1, 1, 1), (rows + along)[:, :, None], columns[:, None, :]]
+    return normalised(images.permute(0, 3, 1, 2))
+
+
 def decode(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[np.int64]) -> torch.Tensor:
     """JPEG bytes to normalised images ``(len(chosen), 3, 32, 32)``, channels last in memory."""
+    return normalised(decode_bytes(jpeg, offsets, chosen).permute(0, 3, 1, 2))
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """Bytes to numbers, ``(n, 3, 32, 32)``."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def decode_bytes(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[np.int64]) -> torch.Tensor:
+    """JPEG bytes to pixels ``(len(chosen), 32, 32, 3)``, one byte each."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -117,6 +166,4 @@ def decode(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], chosen: NDArray[
     def pixels(index: Any) -> NDArray[np.uint8]:
         return np.asarray(Image.open(io.BytesIO(jpeg[offsets[index] : offsets[index + 1]].tobytes())).convert("RGB"))
 
-    images = torch.from_numpy(np.stack([pixels(index) for index in chosen])).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    return torch.from_numpy(np.stack([pixels(index) for index in chosen]))

@@ -22,10 +22,11 @@ def custom(
     example_inputs: Any = None,
     score_name: str = "score",
     autocast: str | None = None,
+    training: Iterable[Any] | None = None,
 ) -> Task:
     """``score`` and ``test`` name functions of a model (``my_module.accuracy``), ``loss`` one of an output and a
-    calibration batch; the rest are instances. Without ``score`` it is the fidelity to the dense model's outputs on
-    ``calibration``, which needs no labels.
+    calibration or training batch; the rest are instances. ``training``: a loader, read once an epoch. Without ``score``
+    it is the fidelity to the dense model's outputs on ``calibration``, which needs no labels.
 
     ``example_inputs`` is a tensor, a sequence of them, or a mapping of keyword arguments; without it, the first sample
     of ``calibration``.
@@ -43,6 +44,7 @@ def custom(
         example_inputs=_inputs(example_inputs, calibration),
         calibration=calibration,
         loss=None if loss is None else _function(loss, "loss"),
+        training=None if training is None else lambda seed: training,
         score=None if score is None else _function(score, "score"),
         test=None if test is None else _function(test, "test"),
         score_name=score_name,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...search.scores import accuracy
-from .base import Task, cross_entropy
+from .base import Epoch, Task, cross_entropy
 
 
 class Block(nn.Module):
@@ -46,7 +46,7 @@ class DigitsNet(nn.Module):
         return self.linear(out.mean(dim=(2, 3)))
 
 
-def digits(width: int = 16, epochs: int = 20, seed: int = 0) -> Task:
+def digits(width: int = 16, epochs: int = 20, seed: int = 0, batch_size: int = 64) -> Task:
     """1,797 images of 8 x 8 pixels: 60 % to train and calibrate, 20 % to score candidates, 20 % to test the front."""
     train, search, test = splits(seed)
     return Task(
@@ -54,6 +54,7 @@ def digits(width: int = 16, epochs: int = 20, seed: int = 0) -> Task:
         example_inputs=(train[0][:1],),
         calibration=list(zip(*(values[:512].split(256) for values in train), strict=True)),
         loss=cross_entropy,
+        training=partial(Epoch, *train, shifted, batch_size),
         score=accuracy(*search),
         test=accuracy(*test),
         score_name="accuracy",
@@ -96,7 +97,7 @@ def fit(images: torch.Tensor, labels: torch.Tensor, width: int, epochs: int, see
     return model.eval()
 
 
-def shifted(images: torch.Tensor) -> torch.Tensor:
+def shifted(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """The batch moved by -1, 0 or 1 pixels on each axis."""
-    down, right = (int(n) for n in torch.randint(3, (2,)))
+    down, right = (int(n) for n in torch.randint(3, (2,), generator=generator))
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + images.shape[2], right : right + images.shape[3]]

@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 import prunefront
-from prunefront.runners.tasks.cifar_resnet import MEAN, STD, CifarResNet, cifar_resnet
+from prunefront.runners.tasks.base import Epoch
+from prunefront.runners.tasks.cifar_resnet import (
+    MEAN,
+    STD,
+    CifarResNet,
+    Training,
+    augment,
+    cifar_resnet,
+    normalised,
+)
 from prunefront.runners.tasks.custom import custom
 from prunefront.runners.tasks.digits import DigitsNet, digits, splits
 from prunefront.search.candidates import checked_score, precision
@@ -53,7 +62,14 @@ def task(request, cifar_folder):
     makers = {
         "digits": lambda: digits(width=4, epochs=1),
         "cifar_resnet": lambda: cifar_resnet(20, str(cifar_folder), calibration_images=140),
-        "custom": lambda: custom(DigitsNet(4), f"{__name__}.constant", calibration=batches(), autocast="bfloat16"),
+        "custom": lambda: custom(
+            DigitsNet(4),
+            f"{__name__}.constant",
+            calibration=batches(),
+            loss="prunefront.runners.tasks.base.cross_entropy",
+            training=[(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))],
+            autocast="bfloat16",
+        ),
     }
     return makers[request.param]()
 
@@ -77,6 +93,46 @@ def test_every_task_can_be_searched(task, tmp_path):
     )
     assert prunefront.load(tmp_path)(*task.example_inputs).shape == model(*task.example_inputs).shape
     assert result.space.groups
+
+
+def test_every_task_gives_epochs_of_training_batches(task):
+    model = task.make_model().train()
+    first, again, other = (list(task.training(seed)) for seed in (1, 1, 2))
+    assert len(first) == len(task.training(1)) and len(other) == len(first)
+    for batch, same in zip(first, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+    loss = task.loss(model(first[0][0]), first[0])
+    assert loss.dim() == 0 and loss.requires_grad
+
+
+def test_an_epoch_has_every_image_once_in_another_order():
+    images = torch.arange(10)
+    seen = [torch.cat([y for _, y in Epoch(images, images, lambda x, _: x, 4, seed)]) for seed in (0, 1)]
+    assert [sorted(labels.tolist()) for labels in seen] == [images.tolist()] * 2 and not torch.equal(*seen)
+
+
+def test_cifar_augmentation_crops_padded_images_and_mirrors_half():
+    pixels = torch.randint(1, 256, (64, 32, 32, 3), dtype=torch.uint8)
+    made = augment(pixels, torch.Generator().manual_seed(0))
+    assert made.shape == (64, 3, 32, 32) and made.is_contiguous(memory_format=torch.channels_last)
+    padded = torch.nn.functional.pad(pixels.permute(0, 3, 1, 2), (4, 4, 4, 4))
+    mirrored, places = 0, set()
+    for image, whole in zip(made, padded, strict=True):
+        crops = {
+            (down, right, flip): whole[:, down : down + 32, right : right + 32].flip((2,) if flip else ())
+            for down in range(9)
+            for right in range(9)
+            for flip in (False, True)
+        }
+        (found,) = (key for key, crop in crops.items() if torch.allclose(normalised(crop[None])[0], image))
+        mirrored += found[2]
+        places.add(found[:2])
+    assert 16 < mirrored < 48 and len(places) > 25
+
+
+def test_cifar_training_images_are_those_of_the_archive(cifar_folder):
+    (images, labels), *_ = Training(cifar_folder / "cifar10_jpeg.npz", 150)(0)
+    assert len(images) == IMAGES["train"] and sorted(labels.tolist()) == sorted(i % 10 for i in range(150))
 
 
 def test_cifar_images_are_decoded_normalised_and_split_by_parity(cifar_folder):

@@ -1,6 +1,7 @@
 """Trackers: what W&B gets, read back from its offline file, and that no failure ends a search."""
 
 import json
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 import prunefront
+from prunefront.runners.cli import main
+from prunefront.runners.tasks.base import cross_entropy
 from prunefront.runners.tracking import Guarded, NoTracker, WandbTracker
 from prunefront.search.study import finished, read_study
 
@@ -56,6 +59,24 @@ def test_an_offline_run_holds_every_trial_the_front_and_the_models(digits_run):
     assert {"plotly", "table"} <= media
 
 
+def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path):
+    run_dir = shutil.copytree(digits_run, tmp_path / "digits")
+    assert main(["finetune", str(run_dir), "finetune.epochs=2"]) == 0
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    found = [list(records(file)) for file in files]
+    runs = [next(r.run for r in run if r.WhichOneof("record_type") == "run") for run in found]
+    assert [run.job_type for run in runs] == ["search", "finetune"] and runs[0].run_group == runs[1].run_group != ""
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in found[1]
+        if r.WhichOneof("record_type") == "history"
+    ]
+    (metrics,) = run_dir.glob("front/*/finetuned/sgd/metrics.json")
+    expected = json.loads(metrics.read_text())
+    assert [step["loss"] for step in history] == [point["loss"] for point in expected["curve"]]
+    assert [step["score"] for step in history if "score" in step] == [e["score"] for e in expected["evaluations"]]
+
+
 class Broken:
     def __init__(self, at: str) -> None:
         self.at = at
@@ -67,6 +88,15 @@ class Broken:
         self._fail("trial")
 
     def finish(self, *_: object) -> None:
+        self._fail("finish")
+
+    def start_finetuning(self, *_: object) -> None:
+        self._fail("start")
+
+    def step(self, *_: object) -> None:
+        self._fail("trial")
+
+    def finish_finetuning(self, *_: object) -> None:
         self._fail("finish")
 
     def _fail(self, now: str) -> None:
@@ -104,3 +134,17 @@ def test_no_tracker_ends_a_search(tmp_path, caplog, net, name, fails):
     assert len(finished(result.study)) == 3
     fault = name.startswith("broken") or name == "wandb that cannot start"
     assert ("tracking ends here" in caplog.text) == fault
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_tracker_ends_a_fine_tuning(tmp_path, caplog, net, name, fails):
+    tracker = Guarded(TRACKERS[name]())
+    tracker.start_finetuning({"seed": 0}, tmp_path, "trial0001/sgd")
+    batches = [(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))]
+    recipe = prunefront.Recipe(steps=3)
+    options = {"training": batches, "loss": cross_entropy, "callbacks": (tracker.step,), "score": lambda model: 1.0}
+    found = prunefront.finetune(net, recipe=recipe, **options)
+    tracker.finish_finetuning(None if fails else found.metrics)
+    fault = name.startswith("broken") or name == "wandb that cannot start"
+    assert ("tracking ends here" in caplog.text) == fault and found.metrics["steps"] == 3

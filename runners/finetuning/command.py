@@ -1,0 +1,106 @@
+"""``prunefront finetune``: picked models of a run, each trained back and saved beside its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ...search.saved import FINETUNED, METRICS, load, read_json, read_plan
+from ...spaces import Plan
+from ...spaces.errors import ConfigError
+from ..commands import best_within, instantiated, make_task, plain
+from ..display import TrainingProgress, console, finetuned_table
+from ..report import read_run
+from ..tasks import Task
+from ..tracking import Guarded
+from .engine import Finetuned, finetune
+from .recipe import Recipe
+
+
+def command(config: DictConfig) -> None:
+    """Train picked models of a run back, with or without the dense model as a teacher."""
+    run_dir = Path(config.run)
+    run = read_run(run_dir)
+    options = plain(config.finetune)
+    name = options.pop("name")
+    recipe = Recipe.of(options)
+    names = picks(run, config.pick)
+    task = make_task(config)
+    if task.training is None:
+        raise ConfigError(
+            "the task has no training split to fine-tune on; set task.training._target_=my_module.loader"
+            " and task.loss=my_module.loss"
+        )
+    check_device(config.device)
+    teacher = _loaded(run_dir / "dense", task).to(config.device) if recipe.distill else None
+    done: dict[str, Finetuned] = {}
+    for pick in names:
+        folder = run_dir / "front" / pick / FINETUNED / name
+        done[pick] = _one(config, task, recipe, teacher, run_dir, folder)
+    console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
+    for found in done.values():
+        console.print(f'load    prunefront.load("{found.path}")', soft_wrap=True, highlight=False)
+
+
+def picks(run: dict[str, Any], pick: DictConfig) -> list[str]:
+    """Names of the models of the front that ``pick`` asks for. Raises ConfigError, SearchError."""
+    known = [entry["name"] for entry in run["front"]]
+    budget = {str(key): value for key, value in pick.items() if key != "names" and value is not None}
+    if pick.names is None:
+        return [best_within(run, budget)[0] if budget else run["picked"]]
+    if budget:
+        raise ConfigError("pick takes names or a budget, not both")
+    names = known if pick.names == "all" else [pick.names] if isinstance(pick.names, str) else list(pick.names)
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"pick: the front has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
+    return names
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError unless tensors can be put there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _one(
+    config: DictConfig, task: Task, recipe: Recipe, teacher: nn.Module | None, run_dir: Path, folder: Path
+) -> Finetuned:
+    """Fine-tune the model in whose folder ``folder`` lies."""
+    source = folder.parent.parent
+    assert task.training is not None
+    tracker = Guarded(instantiated(config.tracker, "tracker", ConfigError))
+    title = f"{source.name}/{folder.name}"
+    tracker.start_finetuning(plain(config), run_dir, title)
+    found = None
+    try:
+        with TrainingProgress(title) as progress:
+            found = finetune(
+                _loaded(source, task).to(config.device),
+                training=task.training,
+                loss=task.loss,
+                score=task.score,
+                test=task.test,
+                recipe=recipe,
+                teacher=teacher,
+                autocast=task.autocast,
+                example_inputs=task.example_inputs,
+                plan=Plan.from_json(read_plan(source)["plan"]),
+                metrics=read_json(source / METRICS),
+                run_dir=folder,
+                restart=config.restart,
+                callbacks=(progress, tracker.step),
+            )
+    finally:
+        tracker.finish_finetuning(None if found is None else found.metrics)
+    return found
+
+
+def _loaded(folder: Path, task: Task) -> nn.Module:
+    """A model of the run; the task's own is asked for only where JSON could not express its structure."""
+    return load(folder, task.make_model() if read_plan(folder)["needs_dense_model"] else None)

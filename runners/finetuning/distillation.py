@@ -1,0 +1,155 @@
+"""Losses: the task's own, label smoothing, and what is learnt from a teacher (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...spaces.errors import FinetuneError
+from ...spaces.inputs import Inputs, output_tensors
+from ...spaces.trace import evaluating
+from .recipe import Distill, Recipe
+
+Loss = Callable[[Any, Any], torch.Tensor]
+Hidden = dict[str, torch.Tensor]
+
+
+class Objective:
+    """The loss of one batch, inside the precision that the caller has set. Use it as a context."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None, recipe: Recipe, teacher: nn.Module | None) -> None:
+        self.model, self.loss, self.recipe, self.teacher = model, loss, recipe, teacher
+        self.stack = ExitStack()
+        self.mine: Hidden = {}
+        self.theirs: Hidden = {}
+
+    def __enter__(self) -> Objective:
+        if self.teacher is not None:
+            self.stack.enter_context(evaluating(self.teacher))
+            if self.recipe.distill.hidden:
+                names = sorted(layers(self.model) & layers(self.teacher))
+                self.mine = self.stack.enter_context(outputs_of_modules(self.model, names))
+                self.theirs = self.stack.enter_context(outputs_of_modules(self.teacher, names))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def __call__(self, inputs: Inputs, batch: Any) -> torch.Tensor:
+        output = inputs.call(self.model)
+        loss = _own_loss(output) if self.loss is None else self.loss(output, batch)
+        if smoothing := self.recipe.label_smoothing:
+            loss = (1 - smoothing) * loss + smoothing * uniform_cross_entropy(logits_of(output))
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = inputs.call(self.teacher)
+        distill = self.recipe.distill
+        if distill.weight:
+            learnt = distillation_loss(logits_of(output), logits_of(taught), distill)
+            loss = (1 - distill.weight) * loss + distill.weight * learnt
+        if distill.hidden:
+            loss = loss + distill.hidden * hidden_loss(self.mine, self.theirs)
+        return loss
+
+
+def _own_loss(output: Any) -> torch.Tensor:
+    """Hugging Face models return their loss where a batch has labels."""
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    if not isinstance(loss, torch.Tensor):
+        raise FinetuneError(
+            "the model's output has no loss of its own; pass loss=, a function of an output and a batch"
+        )
+    return loss
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """What a classifier or a language model returns, classes last; those of a dense prediction ``(n, classes, height,
+    width)`` are moved there."""
+    tensors = output_tensors(output)
+    if len(tensors) != 1:
+        raise FinetuneError(
+            f"label smoothing and distillation need a model that returns logits, and this one returns {len(tensors)} "
+            "tensors; wrap it, or set finetune.distill.weight=0 and finetune.label_smoothing=0"
+        )
+    return tensors[0].movedim(1, -1) if tensors[0].dim() == 4 else tensors[0]
+
+
+def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with the uniform distribution: the part that label smoothing mixes in."""
+    return -F.log_softmax(logits.float(), dim=-1).mean()
+
+
+def distillation_loss(mine: torch.Tensor, theirs: torch.Tensor, distill: Distill) -> torch.Tensor:
+    """Divergence of softened distributions, ``T**2 * KL(theirs / T || mine / T)``, a mean over all but the classes."""
+    if mine.shape != theirs.shape:
+        raise FinetuneError(
+            f"distillation compares logits of one shape: the model gives {tuple(mine.shape)} and the teacher "
+            f"{tuple(theirs.shape)}; give a teacher with the same classes, or set finetune.distill.weight=0"
+        )
+    mine, theirs = (F.log_softmax(logits.float() / distill.temperature, dim=-1) for logits in (mine, theirs))
+    divergence = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(dim=-1).mean()
+    return divergence * distill.temperature**2
+
+
+def hidden_loss(mine: Hidden, theirs: Hidden) -> torch.Tensor:
+    """Mean over layers of ``|mine - theirs|**2 / |theirs|**2``, where outputs have one shape."""
+    errors = [
+        F.mse_loss(mine[name].float(), theirs[name].float()) / theirs[name].float().square().mean().clamp(min=1e-12)
+        for name in mine
+        if name in theirs and mine[name].shape == theirs[name].shape
+    ]
+    if not errors:
+        raise FinetuneError(
+            "no layer of the model and of the teacher has outputs of one shape: the widths between layers were pruned; "
+            "set finetune.distill.hidden=0 and learn from the logits alone"
+        )
+    return torch.stack(errors).mean()
+
+
+def layers(model: nn.Module) -> set[str]:
+    """The layers that follow each other: the outermost modules of several parts that are no stack of such."""
+
+    def found(name: str, module: nn.Module) -> Iterator[str]:
+        if name and _is_composite(module) and not any(_is_stack(part) for part in module.modules()):
+            yield name
+            return
+        for child, part in module.named_children():
+            yield from found(f"{name}.{child}" if name else child, part)
+
+    return set(found("", model))
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential) and any(map(_is_composite, module.children()))
+
+
+@contextmanager
+def outputs_of_modules(model: nn.Module, names: list[str]) -> Iterator[Hidden]:
+    """Filled by every forward pass with the first output tensor of each module."""
+    kept: Hidden = {}
+    modules = dict(model.named_modules())
+
+    def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            first = next(iter(output_tensors(output)), None)
+            if first is not None and first.is_floating_point():
+                kept[name] = first
+
+        return keep
+
+    handles = [modules[name].register_forward_hook(keeper(name)) for name in names]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
