@@ -26,7 +26,8 @@ from prunefront.runners.finetuning.checkpoints import load_checkpoint, save_chec
 from prunefront.runners.finetuning.distillation import distillation_loss, layers, uniform_cross_entropy
 from prunefront.runners.finetuning.engine import checkpoint_of
 from prunefront.runners.finetuning.optimizers import make_optimizer
-from prunefront.runners.tasks.base import Epoch, accuracy, cross_entropy
+from prunefront.runners.tasks.base import Epoch, cross_entropy
+from prunefront.search.scores import accuracy
 from prunefront.spaces.errors import ConfigError, FinetuneError, StorageError
 
 Distill, Recipe = prunefront.Distill, prunefront.Recipe
@@ -279,7 +280,7 @@ def test_the_saved_model_loads_and_passes_the_check(tmp_path):
     from prunefront.runners.check import check_model
 
     images, labels = data()
-    found = tune(net(), run_dir=tmp_path / "a", test=lambda model: accuracy(model, images, labels))
+    found = tune(net(), run_dir=tmp_path / "a", test=accuracy(images, labels))
     loaded = prunefront.load(tmp_path / "a")
     assert torch.allclose(loaded(images), found.model(images), atol=1e-5)
     assert len(list(check_model(tmp_path / "a"))) == 4
