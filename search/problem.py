@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from ..spaces import Plan, Space
@@ -73,9 +72,6 @@ class Problem:
             # The exact bound where the share is at its end: a product may fall a rounding error short of it.
             limits = limits.replace(self._column, max(cost_share * dense, smallest))
         return Projector(self.space, limits, self.latency)
-
-    def holds(self, widths: NDArray[np.integer], criterion: str) -> bool:
-        return bool(self.projector().excess(widths[None], criterion)[0] <= 0)
 
     @cached_property
     def cost_shares(self) -> tuple[float, float]:

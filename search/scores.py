@@ -125,24 +125,33 @@ def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list
         reached = np.cumsum(sizes) - sizes < (samples or sum(sizes))
         return [batch for batch, wanted in zip(batches, reached, strict=True) if wanted]
     count = min(samples or sum(sizes), sum(sizes))
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(sum(sizes))[:count])
+    chosen = np.random.default_rng(seed).permutation(sum(sizes))[:count]
+    held = _taken(batches, sizes, np.sort(chosen))
+    order = torch.from_numpy(np.argsort(np.argsort(chosen)))
     first = max(1, min(PART, round(FIRST_SHARE * count)))
-    parts = [chosen[:first], *chosen[first:].split(PART)] if count > first else [chosen]
-    leaves = zip(*(tree_leaves(batch) for batch in batches), strict=True)
-    pooled = [_pooled(held, sizes[0]) for held in leaves]
-
-    def part(indices: torch.Tensor) -> Any:
-        taken = iter([leaf[indices] if is_pooled else leaf for leaf, is_pooled in pooled])
-        return tree_map(lambda _: next(taken), batches[0])
-
-    return [part(indices) for indices in parts]
+    return [_indexed(held, count, indices) for indices in (order[:first], *order[first:].split(PART)) if len(indices)]
 
 
-def _pooled(leaves: tuple[Any, ...], size: int) -> tuple[Any, bool]:
-    """The samples of all batches in one tensor; what is no tensor of samples is taken from the first batch."""
-    first = leaves[0]
-    holds_samples = isinstance(first, torch.Tensor) and first.dim() > 0 and len(first) == size
-    return (torch.cat(leaves), True) if holds_samples else (first, False)
+def _taken(batches: Sequence[Any], sizes: Sequence[int], chosen: NDArray[np.int64]) -> Any:
+    """The samples ``chosen`` (ascending, counted over all batches) as one batch; no more than these is copied."""
+    taken = []
+    for batch, size, start in zip(batches, sizes, np.cumsum([0, *sizes]), strict=False):
+        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
+        taken.append(_indexed(batch, size, torch.from_numpy(inside)))
+    size = sizes[0]
+    holds = [_holds(leaf, size) for leaf in tree_leaves(batches[0])]
+    leaves = zip(*(tree_leaves(batch) for batch in taken), strict=True)
+    joined = iter([torch.cat(held) if whole else held[0] for held, whole in zip(leaves, holds, strict=True)])
+    return tree_map(lambda _: next(joined), batches[0])
+
+
+def _indexed(batch: Any, size: int, indices: torch.Tensor) -> Any:
+    return tree_map(lambda leaf: leaf[indices] if _holds(leaf, size) else leaf, batch)
+
+
+def _holds(leaf: Any, size: int) -> bool:
+    """Whether ``leaf`` has a row a sample; what has none is the same for all batches."""
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 def _samples(batch: Any) -> int:
@@ -154,7 +163,7 @@ def _samples(batch: Any) -> int:
 
 def _shapes(batch: Any, size: int) -> tuple[Any, ...]:
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    return tuple((tuple(leaf.shape[1:]), leaf.dim() > 0 and len(leaf) == size) for leaf in leaves)
+    return tuple((tuple(leaf.shape[1:]), _holds(leaf, size)) for leaf in leaves)
 
 
 def _are_logits(output: Any) -> bool:
