@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +39,24 @@ def records(path: Path) -> Iterator:
             yield record
 
 
+def written(path: Path) -> list:
+    """All records of an ended run: W&B's own process may still be writing them when ``finish`` returns."""
+    from google.protobuf.message import DecodeError
+
+    for _ in range(100):
+        try:
+            found = list(records(path))
+        except DecodeError:  # the last record is half there
+            found = []
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{path} is not complete")
+
+
 def test_an_offline_run_holds_every_trial_the_front_and_the_models(digits_run):
     file = next((digits_run / "wandb").glob("offline-run-*/*.wandb"))
-    found = list(records(file))
+    found = written(file)
     steps = [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
         for r in found
@@ -63,7 +79,7 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
     run_dir = shutil.copytree(digits_run, tmp_path / "digits")
     assert main(["finetune", str(run_dir), "finetune.epochs=2"]) == 0
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-    found = [list(records(file)) for file in files]
+    found = [written(file) for file in files]
     runs = [next(r.run for r in run if r.WhichOneof("record_type") == "run") for run in found]
     assert [run.job_type for run in runs] == ["search", "finetune"] and runs[0].run_group == runs[1].run_group != ""
     history = [
