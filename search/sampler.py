@@ -24,12 +24,15 @@ Array = NDArray[np.float64]
 FIRST_TRIALS, FIRST_SPREAD = 12, 0.3
 #: Plans that a fit takes in: the nearest in cost, the best and the latest ones.
 MOST_TRIALS = 400
-#: Proposals compared in a round, and plans that the next round starts from.
-POOL, CENTRES = 256, 5
+#: Proposals compared in a round: changed at random, and along the slopes of the surrogate.
+POOL, CLIMBED = 256, 128
+#: Plans that the next round starts from.
+CENTRES = 5
 #: Spreads of the changes of a round, and how many of the dimensions are changed.
 _ROUNDS = ((0.03, 0.08, 0.2, 0.4), (0.02, 0.05, 0.1), (0.02, 0.05, 0.1))
 _CHANGED = (0.1, 0.3, 1.0)
-_GOLDEN = (np.sqrt(5) - 1) / 2
+#: Lengths of steps along the slopes, and how many of the dimensions take part.
+_CLIMBS, _CLIMBING = (0.01, 0.5), (0.3, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,10 @@ class SurrogateSampler(BaseSampler):
     """Bayesian optimisation on the surface of the budget.
 
     Other samplers see shares, which are projected onto the budget only afterwards, so that many of their proposals are
-    one plan. This one fits a :class:`.surrogate.Surrogate` to the widths of the scored plans, changes some widths of
-    the best ones, projects these proposals onto the budget, and asks for the one of the highest expected improvement
-    (Jones et al. 1998; changing few dimensions at a time is from Regis and Shoemaker 2013). Along a front the share of
-    the cost to aim at follows a sequence that fills its range, and all trials inform each.
+    one plan. This one fits a :class:`.surrogate.Surrogate` to the widths of the scored plans, changes the best ones at
+    random or along its slopes, projects these proposals onto the budget, and asks for the one of the highest expected
+    improvement (Jones et al. 1998; changing few dimensions at a time is from Regis and Shoemaker 2013). Along a front
+    the share of the cost to aim at follows a sequence that fills its range, and all trials inform each.
 
     ``earlier``: plans that other runs have scored.
     """
@@ -97,7 +100,7 @@ class SurrogateSampler(BaseSampler):
         scored = Scored.of(self.problem, [t for t in trials if t.state == TrialState.COMPLETE])
         scored = scored if self.earlier is None else scored + self.earlier
         taken = Scored.of(self.problem, trials)
-        cost_share = self._cost_share(trial.number) if self.problem.for_front else None
+        cost_share = self.problem.spread_cost_share(self.seed + trial.number) if self.problem.for_front else None
         projector = self.problem.projector(cost_share)
         if len(scored) < FIRST_TRIALS:
             widths, criterion = self._random(projector, trial.number, rng)
@@ -111,11 +114,6 @@ class SurrogateSampler(BaseSampler):
         if CRITERION in search_space:
             parameters[CRITERION] = self.problem.space.criteria[criterion]
         return parameters
-
-    def _cost_share(self, number: int) -> float:
-        """Numbers spread evenly, however many: a golden section sequence on the logarithm."""
-        low, high = self.problem.cost_shares
-        return float(np.clip(low * (high / low) ** ((self.seed + number) * _GOLDEN % 1), low, high))
 
     def _random(self, projector: Projector, number: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
         criterion = number % len(self.problem.space.criteria)
@@ -137,7 +135,12 @@ class SurrogateSampler(BaseSampler):
         known = {(*row, criterion) for row, criterion in zip(taken.widths.tolist(), taken.criteria, strict=True)}
         centres = pool
         for spreads in _ROUNDS:
-            widths, criteria = self._changed(projector, centres, spreads, rng)
+            steps = [
+                self._changed(centres, spreads, rng),
+                self._climbed(centres, self._slopes(projector, surrogate, centres, origin), rng),
+            ]
+            shares, criteria = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+            widths = self._projected(projector, shares, criteria)
             gains = expected_improvement(*surrogate.predict(self._points(widths, criteria, origin)), incumbent)
             pool = Scored(widths, criteria, gains) if centres is pool else pool + Scored(widths, criteria, gains)
             pool = pool[np.argsort(-pool.values)]
@@ -163,9 +166,9 @@ class SurrogateSampler(BaseSampler):
         return points if count == 1 else np.hstack([points, FIRST_SPREAD * np.eye(count)[criteria]])
 
     def _changed(
-        self, projector: Projector, centres: Scored, spreads: tuple[float, ...], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``POOL`` plans on the budget near ``centres``."""
+        self, centres: Scored, spreads: tuple[float, ...], rng: np.random.Generator
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """Shares ``(POOL, dimensions)`` near ``centres``, changed at random, and criteria."""
         space = self.problem.space
         chosen = centres[rng.integers(len(centres), size=POOL)]
         size = chosen.widths.shape
@@ -175,7 +178,34 @@ class SurrogateSampler(BaseSampler):
         if len(space.criteria) > 1:
             anew = rng.random(POOL) < 1 / len(space.criteria)
             criteria = np.where(anew, rng.integers(len(space.criteria), size=POOL), criteria)
-        return self._projected(projector, chosen.widths / space.sizes * np.exp(steps), criteria), criteria
+        return chosen.widths / space.sizes * np.exp(steps), criteria
+
+    def _climbed(self, centres: Scored, slopes: Array, rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
+        """Shares ``(CLIMBED, dimensions)``: steps from ``centres`` along ``slopes``, one a centre, and criteria."""
+        chosen = rng.integers(len(centres), size=CLIMBED)
+        lengths = np.exp(rng.uniform(*np.log(_CLIMBS), (CLIMBED, 1)))
+        is_climbing = rng.random((CLIMBED, slopes.shape[1])) < rng.choice(_CLIMBING, size=(CLIMBED, 1))
+        shares = centres.widths[chosen] / self.problem.space.sizes * np.exp(lengths * slopes[chosen] * is_climbing)
+        return shares, centres.criteria[chosen]
+
+    def _slopes(self, projector: Projector, surrogate: Surrogate, centres: Scored, origin: Array) -> Array:
+        """Directions ``(centres, dimensions)`` in which the surrogate rises most at equal cost, of mean square one."""
+        dimensions = centres.widths.shape[1]
+        slopes = surrogate.slopes(self._points(centres.widths, centres.criteria, origin))[:, :dimensions]
+        names = [self.problem.space.criteria[criterion] for criterion in centres.criteria]
+        costs = np.array([self._cost_slopes(projector, *each) for each in zip(centres.widths, names, strict=True)])
+        along = (slopes * costs).sum(1, keepdims=True) / np.maximum((costs**2).sum(1, keepdims=True), 1e-12)
+        slopes = slopes - along * costs
+        return np.asarray(slopes / (np.sqrt((slopes**2).mean(1, keepdims=True)) + 1e-12))
+
+    def _cost_slopes(self, projector: Projector, widths: NDArray[np.int64], criterion: str) -> Array:
+        """How the tightest limit rises with the logarithm of each width ``(dimensions,)``; 0 where one is the least."""
+        fewer = self.problem.space.round_widths(0.75 * widths)
+        rows = np.vstack([np.where(np.eye(len(widths), dtype=bool), fewer, widths), widths])
+        excess = projector.excess(rows, criterion)
+        changes = np.log(fewer / widths)
+        is_fewer = changes < 0
+        return np.where(is_fewer, (excess[:-1] - excess[-1]) / np.where(is_fewer, changes, 1.0), 0.0)
 
     def _projected(self, projector: Projector, shares: Array, criteria: NDArray[np.int64]) -> NDArray[np.int64]:
         widths = np.empty(shares.shape, dtype=np.int64)

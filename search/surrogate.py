@@ -53,6 +53,16 @@ class Surrogate:
         variance = own - (self._solved(cross.T) ** 2).sum(0)
         return cross @ self._weights * self._spread + self._mean, np.sqrt(np.maximum(variance, 1e-9)) * self._spread
 
+    def slopes(self, points: Array) -> Array:
+        """Gradient of the mean ``(plans, dimensions)`` at ``points (plans, dimensions)``."""
+        scaled, known = points / self._scale, self._points
+        linear, square, smooth, length, _ = np.exp(self.hyperparameters)
+        weights = self._weights
+        near = smooth * np.exp(-self._grams(scaled)[2] / (2 * length**2)) * weights
+        slopes = linear * (weights @ known) + 2 * square * scaled * (weights @ known**2)
+        slopes = slopes + (near @ known - near.sum(1)[:, None] * scaled) / length**2
+        return np.asarray(slopes * self._spread / (self._scale * points.shape[1]))
+
     def _grams(self, points: Array) -> tuple[Array, Array, Array]:
         """Inner products, those of squares, and squared distances of ``points`` to the fitted ones, a dimension."""
         known, dimensions = self._points, points.shape[1]

@@ -176,9 +176,15 @@ class Space:
         """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
         return self._cost.batch(*self._variables(widths, criterion))
 
-    def operator_macs(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        """MACs of every convolution and matrix product: ``widths (plans, dimensions)`` to ``(plans, operators)``."""
-        return self._cost.operator_macs(*self._variables(widths, criterion))
+    def operators(
+        self, widths: NDArray[np.integer], criterion: str | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the convolutions and matrix products of plans multiply, from ``widths (plans, dimensions)``.
+
+        Factors ``(plans, operators)`` and sizes ``(plans, operators, dimensions)``, whose products are the MACs: first
+        that of what is summed over, then the output's dimensions that widths set; 1 where widths set none.
+        """
+        return self._cost.operators(*self._variables(widths, criterion))
 
     def _variables(
         self, widths: NDArray[np.integer], criterion: str | None
