@@ -158,6 +158,7 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
     for rows, beside in dense_times.items():
         ratios[rows][[not is_usual.get(ms, False) for ms in beside]] = np.nan
     known, truth = ratios[id(seen)], ratios[id(unseen)]
+    left_out = int(np.isnan(known).sum() + np.isnan(truth).sum())
     unseen, truth = unseen[np.isfinite(truth)], truth[np.isfinite(truth)]
     return {
         "model": name,
@@ -166,7 +167,7 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
         "dense_ms": float(np.median(times)),
         "dense_ms_spread": [min(times), max(times)],
         "seconds": time.perf_counter() - start,
-        "in_slow_spells": int(np.isnan(known).sum() + np.isnan(truth).sum()),
+        "left_out": left_out,
         "seen": _pairs(seen, known),
         "held_out": _pairs(unseen, truth),
         "counts": [

@@ -205,20 +205,24 @@ STEPS = [
 
 
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64], smooth: float) -> NDArray[np.float64]:
-    linear: NDArray[np.float64] = a @ b.T
-    if not smooth:
-        return linear
-    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * linear
-    return linear + smooth * np.exp(-np.maximum(distances, 0) / 2)
+    return a @ b.T + (smooth * _near(a, b) if smooth else 0.0)
+
+
+def _near(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.asarray(np.exp(-np.maximum(distances, 0) / 2))
 
 
 def _fit(
     x: NDArray[np.float64], y: NDArray[np.float64], smooth: float, ridge: float
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     weights = _weights(_kernel(x, x, smooth), y, ridge)
+    linear = x.T @ weights
 
     def predict(new: NDArray[np.float64]) -> NDArray[np.float64]:
-        predicted: NDArray[np.float64] = _kernel(new, x, smooth) @ weights
+        predicted: NDArray[np.float64] = new @ linear
+        if smooth:
+            predicted += smooth * (_near(new, x) @ weights)
         return np.maximum(predicted, 1e-6)
 
     return predict

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ..spaces import Plan, Space
 from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits
+from .coordinates import Coordinates
 from .latency import LatencyModel
 from .projection import Projector, named_widths
 
@@ -53,6 +54,10 @@ class Problem:
         if len(self.space.criteria) > 1:
             found[CRITERION] = CategoricalDistribution(self.space.criteria)
         return found
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.space)
 
     def plan(self, parameters: Mapping[str, Any]) -> tuple[Plan, dict[str, float]]:
         """The plan of the values of the parameters, and its costs."""

@@ -20,8 +20,9 @@ from .surrogate import Surrogate
 
 Array = NDArray[np.float64]
 
-#: Trials before the first fit, and the spread of the logarithms of their shares around equal ones.
-FIRST_TRIALS, FIRST_SPREAD = 12, 0.3
+#: Trials before the first fit, one more for so many dimensions, and the spread of the logarithms of their shares around
+#: equal ones.
+FIRST_TRIALS, DIMENSIONS_A_TRIAL, FIRST_SPREAD = 12, 8, 0.3
 #: Plans that a fit takes in: the nearest in cost, the best and the latest ones.
 MOST_TRIALS = 400
 #: Proposals compared in a round: changed at random, and along the slopes of the surrogate.
@@ -102,7 +103,7 @@ class SurrogateSampler(BaseSampler):
         taken = Scored.of(self.problem, trials)
         cost_share = self.problem.spread_cost_share(self.seed + trial.number) if self.problem.for_front else None
         projector = self.problem.projector(cost_share)
-        if len(scored) < FIRST_TRIALS:
+        if len(scored) < FIRST_TRIALS + len(self.problem.space.dimensions) // DIMENSIONS_A_TRIAL:
             widths, criterion = self._random(projector, trial.number, rng)
         else:
             widths, criterion = self._best(projector, scored, taken, rng)
@@ -126,7 +127,8 @@ class SurrogateSampler(BaseSampler):
         space = self.problem.space
         scored = self._relevant(projector, scored)
         on_budget = self._projected(projector, scored.widths / space.sizes, scored.criteria)
-        origin = np.log(on_budget[np.argmax(scored.values)] / space.sizes)
+        best = np.argmax(scored.values)
+        origin = self.problem.coordinates.of(on_budget[[best]], scored.criteria[[best]])[0]
         surrogate = Surrogate(self._points(scored.widths, scored.criteria, origin), scored.values, rng, self._start)
         self._start = surrogate.hyperparameters
         means, _ = surrogate.predict(self._points(on_budget, scored.criteria, origin))
@@ -160,8 +162,8 @@ class SurrogateSampler(BaseSampler):
         return scored[np.sort(np.lexsort([ranks, far])[:MOST_TRIALS])]
 
     def _points(self, widths: NDArray[np.integer], criteria: NDArray[np.int64], origin: Array) -> Array:
-        """What the surrogate sees: logarithms of relative widths from ``origin``, and which criterion it is."""
-        points = np.log(widths / self.problem.space.sizes) - origin
+        """What the surrogate sees: coordinates of the widths from ``origin``, and which criterion it is."""
+        points = self.problem.coordinates.of(widths, criteria) - origin
         count = len(self.problem.space.criteria)
         return points if count == 1 else np.hstack([points, FIRST_SPREAD * np.eye(count)[criteria]])
 
@@ -192,6 +194,7 @@ class SurrogateSampler(BaseSampler):
         """Directions ``(centres, dimensions)`` in which the surrogate rises most at equal cost, of mean square one."""
         dimensions = centres.widths.shape[1]
         slopes = surrogate.slopes(self._points(centres.widths, centres.criteria, origin))[:, :dimensions]
+        slopes = slopes * self.problem.coordinates.slopes(centres.widths, centres.criteria)
         names = [self.problem.space.criteria[criterion] for criterion in centres.criteria]
         costs = np.array([self._cost_slopes(projector, *each) for each in zip(centres.widths, names, strict=True)])
         along = (slopes * costs).sum(1, keepdims=True) / np.maximum((costs**2).sum(1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""What scored plans tell about others: a Gaussian process over the logarithms of relative widths.
+"""What scored plans tell about others: a Gaussian process over the coordinates of their widths (:mod:`.coordinates`).
 
 Scores of plans are additive in these to first order, with curvature, and interactions on top: the kernel is the sum of
 a linear one, one on squares, and a squared exponential (Rasmussen and Williams 2006, chapters 2 and 5). All three

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.sampling import SyntheticSpace, run
 from prunefront.search.allocation import AllocationSampler, choose, rising
 from prunefront.search.budget import Limits
+from prunefront.search.coordinates import Coordinates
 from prunefront.search.problem import COST_SHARE, SHARES, Problem
 from prunefront.search.sampler import FIRST_TRIALS, Scored, SurrogateSampler, expected_improvement
 from prunefront.search.surrogate import Surrogate
@@ -137,3 +138,17 @@ def test_a_search_that_knows_earlier_plans_starts_where_they_are_good():
         return max(float(later.problem.space.value(ask(later, fresh)[1][None])[0]) for _ in range(4))
 
     assert first(earlier) > first(None)
+
+
+def test_plans_lie_where_they_lose_outputs_as_far_as_that_is_known():
+    curve = np.array([1.0, 0.5, 0.24, 0.09, 0.0])
+    space = SyntheticSpace(2, 0)
+    space.sizes, space.lost_outputs = np.array([4, 8]), lambda criterion: [curve, None]
+    coordinates = Coordinates(space)
+    widths, criteria = np.array([[2, 4], [4, 8]]), np.zeros(2, dtype=np.int64)
+    expected = [[-np.log(0.25), np.log(0.5)], [-np.log(0.01), 0.0]]
+    assert coordinates.of(widths, criteria) == pytest.approx(np.array(expected))
+    slopes = coordinates.slopes(widths, criteria)
+    assert slopes[:, 1] == pytest.approx(1.0) and (slopes[:, 0] > 0).all()
+    between = (-np.log(0.1) + np.log(0.51)) / np.log(3)  # from one width below to one above
+    assert slopes[0, 0] == pytest.approx(between, rel=0.2)
