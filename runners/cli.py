@@ -33,8 +33,10 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
 POSITIONAL = ("front", "finetune", "load-check", "report")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
 #: text, values of a Hugging Face configuration.
-OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.", "task.training.")
-OPEN_KEYS += ("task.config.", "task.train.", "task.search.", "task.test.")
+OPEN_KEYS = (
+    *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
+    *("task.config.", "task.train.", "task.search.", "task.test."),
+)
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
 

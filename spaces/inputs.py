@@ -47,7 +47,7 @@ class Inputs:
 
 
 class OrdinaryBranches(TorchDispatchMode):
-    """Without numbers, what a forward asks of all elements holds.
+    """Without numbers, what a forward asks of all elements (``all``, or a sum that equals something) holds.
 
     So it does on ordinary inputs: Hugging Face's attention masks are left out where all positions follow each other and
     no token is padding. Any other question of a tensor's value is an error, as always on the meta device.
@@ -62,7 +62,8 @@ class OrdinaryBranches(TorchDispatchMode):
         if name == "_local_scalar_dense" and args[0] is self._asked:
             return True
         result = func(*args, **(kwargs or {}))
-        self._asked = result if name == "all" and result.is_meta else None
+        is_question = name in ("all", "eq") and result.is_meta and not result.dim()
+        self._asked = result if is_question else None
         return result
 
 

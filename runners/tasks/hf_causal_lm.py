@@ -18,6 +18,7 @@ from .huggingface import (
     at_least,
     check_length,
     check_precision,
+    check_source,
     check_vocabulary,
     checked,
     config_for,
@@ -66,6 +67,7 @@ def hf_causal_lm(
     at_least(1, search_sequences=search_sequences, test_sequences=test_sequences)
     at_least(2, sequence_length=sequence_length)
     check_precision(dtype, autocast)
+    check_source(model, config)
     scores = checked("score", score, SCORES)
     same_files({"train": train, "search": search, "test": test})
     texts = read_domains(train, "train")

@@ -23,6 +23,7 @@ from .huggingface import (
     at_least,
     check_length,
     check_precision,
+    check_source,
     check_vocabulary,
     config_for,
     make,
@@ -67,6 +68,7 @@ def hf_text_classification(
     at_least(1, batch_size=batch_size, calibration_texts=calibration_texts, vocab_size=vocab_size)
     at_least(2, sequence_length=sequence_length)
     check_precision(dtype, autocast)
+    check_source(model, config)
     sources = {"train": train, "search": search, "test": test}
     same_files(sources)
     tables = {

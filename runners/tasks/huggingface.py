@@ -19,20 +19,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_source(model: str | None, config: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError unless one of both is given."""
+    if (model is None) == (not config):
+        raise ConfigError(
+            "set either task.model, the folder of a checkpoint, or task.config.model_type=llama and what else the "
+            "configuration needs (task.config.hidden_size=256 ...) to train a model on the spot"
+        )
+
+
 def config_for(model: str | None, config: Mapping[str, Any] | None, **implied: Any) -> Any:
     """The configuration of the checkpoint ``model``, or a new one of ``config["model_type"]`` with other values.
 
     ``implied`` are set too where the user has given none of them; only for new models.
 
     Raises:
-        ConfigError: both or none are given, or a model type or key that does not exist.
+        ConfigError: a model type or key does not exist.
     """
     config = dict(config or {})
-    if (model is None) == (not config):
-        raise ConfigError(
-            "set either task.model, the folder of a checkpoint, or task.config.model_type=llama and what else the "
-            "configuration needs (task.config.hidden_size=256 ...) to train a model on the spot"
-        )
     library = transformers()
     if model is not None:
         try:

@@ -72,16 +72,16 @@ def make_vocabulary(
     if name is None:
         name = model if model is not None else BYTES
     if name == BYTES:
-        special = (256, 257) if whole_texts else (None, None)
-        return Vocabulary(258 if whole_texts else 256, lambda given: [list(t.encode()) for t in given], *special)
+        pad, start = (256, 257) if whole_texts else (None, None)
+        return Vocabulary(258 if whole_texts else 256, lambda given: [list(t.encode()) for t in given], pad, start)
     tokenizer = _trained(size, texts) if name == BPE else from_checkpoint(name)
 
     def encode(given: list[str]) -> list[list[int]]:
         found: list[list[int]] = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in (PAD, START)] if name == BPE else [None, None]
-    return Vocabulary(len(tokenizer), encode, *ids, tokenizer)
+    pad, start = [tokenizer.convert_tokens_to_ids(token) if name == BPE else None for token in (PAD, START)]
+    return Vocabulary(len(tokenizer), encode, pad, start, tokenizer)
 
 
 def from_checkpoint(name: str) -> Any:
