@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,14 @@ def _compare(name: str, found: int, expected: Any, folder: Path) -> None:
         raise StorageError(f"the model in {folder} has {found:,} {name}, and {METRICS} says {expected}")
 
 
-def _example(described: Any, folder: Path) -> torch.Tensor:
+def _example(described: Any, folder: Path) -> Any:
     if not isinstance(described, dict):
-        raise StorageError(f"the model in {folder} was made for an input that is no tensor ({described})")
+        try:
+            return ast.literal_eval(described)  # a plain value
+        except (ValueError, SyntaxError) as error:
+            raise StorageError(
+                f"the model in {folder} was made for an input that is no tensor ({described})"
+            ) from error
     dtype = getattr(torch, str(described.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise StorageError(f"the inputs in {folder} are damaged: {described}")

@@ -31,8 +31,14 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
 }
 #: These take a run as their first argument.
 POSITIONAL = ("front", "finetune", "load-check", "report")
-#: Parts of task=custom that are built from `_target_` and free arguments, which Hydra's schemas cannot list.
-OPEN_KEYS = ("task.model.", "task.calibration.", "task.example_inputs.", "task.training.")
+#: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
+#: text, values of a Hugging Face configuration.
+OPEN_KEYS = (
+    *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
+    *("task.config.", "task.train.", "task.search.", "task.test."),
+)
+#: Tasks that run no code of the user.
+BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +166,7 @@ def _is_harmless(override: str, stored: Sequence[str]) -> bool:
     if "_target_" in override or "${" in override or key.startswith(("~", "+", "hydra")):
         return False
     if key == "task":
-        return override in ("task=digits", "task=cifar_resnet")
+        return override.partition("=")[2] in BUILT_IN_TASKS
     if key == "tracker":
         return override in ("tracker=wandb", "tracker=none")
     if key == "target":

@@ -131,6 +131,53 @@ class Custom:
 
 
 @dataclass
+class HfCausalLm:
+    _target_: str = "prunefront.runners.tasks.hf_causal_lm.hf_causal_lm"
+    model: str | None = None
+    config: Any = None
+    train: Any = None
+    search: Any = None
+    test: Any = None
+    held_out: float = 0.1
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    sequence_length: int = 128
+    batch_size: int = 16
+    calibration_sequences: int = 128
+    search_sequences: int | None = None
+    test_sequences: int | None = None
+    score: str = "perplexity"
+    epochs: float = 0.0
+    lr: float = 1e-3
+    dtype: str = "float32"
+    autocast: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class HfTextClassification:
+    _target_: str = "prunefront.runners.tasks.hf_text_classification.hf_text_classification"
+    model: str | None = None
+    config: Any = None
+    train: Any = None
+    search: Any = None
+    test: Any = None
+    held_out: float = 0.1
+    text_column: str = "text"
+    label_column: str = "label"
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    sequence_length: int = 128
+    batch_size: int = 32
+    calibration_texts: int = 512
+    epochs: float = 0.0
+    lr: float = 1e-3
+    dtype: str = "float32"
+    autocast: str | None = None
+    seed: int = 0
+
+
+@dataclass
 class Wandb:
     _target_: str = "prunefront.runners.tracking.WandbTracker"
     project: str = "prunefront"
@@ -275,6 +322,7 @@ def register() -> None:
         "load_check": LoadCheck,
     }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
+    groups |= {"task/hf_causal_lm": HfCausalLm, "task/hf_text_classification": HfTextClassification}
     groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}

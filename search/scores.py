@@ -30,16 +30,24 @@ class SampleScore:
     """The mean of ``value(output, batch)``, a tensor ``(samples,)`` for every batch; higher is better.
 
     A batch is a tensor, a mapping of keyword arguments, or a tuple or list whose first ``arguments`` items are the
-    model's arguments. Called with a model, it is a score like any other function.
+    model's arguments. Called with a model, it is a score like any other function. ``of_mean``: an increasing function
+    that makes the score of the mean, such as a perplexity of a log-likelihood.
     """
 
-    def __init__(self, batches: Iterable[Any], value: Callable[[Any, Any], torch.Tensor], arguments: int = 1) -> None:
-        self.batches, self._value, self.arguments = list(batches), value, arguments
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        value: Callable[[Any, Any], torch.Tensor],
+        arguments: int = 1,
+        of_mean: Callable[[float], float] = float,
+    ) -> None:
+        self.batches, self._value, self.arguments, self.of_mean = list(batches), value, arguments, of_mean
         if not self.batches:
             raise ConfigError("a score needs data, and there are no batches")
 
     def __call__(self, model: nn.Module) -> float:
-        return float(np.concatenate([self.values(model, part) for part in range(len(self.batches))]).mean())
+        values = np.concatenate([self.values(model, part) for part in range(len(self.batches))])
+        return self.of_mean(float(values.mean()))
 
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
@@ -58,7 +66,7 @@ class SampleScore:
 
     def in_parts(self, samples: int | None = None, seed: int = 0) -> SampleScore:
         """The same on ``samples`` drawn at random, in parts of which the first is a tenth."""
-        return SampleScore(parts_of(self.batches, samples, seed), self._value, self.arguments)
+        return SampleScore(parts_of(self.batches, samples, seed), self._value, self.arguments, self.of_mean)
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> SampleScore:
@@ -118,7 +126,8 @@ def inputs_of(batch: Any, arguments: int) -> Inputs:
 def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:
     """``samples`` of the batches (all of them by default), drawn at random, in parts of which the first is a tenth.
 
-    Batches whose samples differ in shape stay as they are, the first ones up to ``samples``.
+    No part is larger than the largest batch, which is what there is memory for. Batches whose samples differ in shape
+    stay as they are, the first ones up to ``samples``.
     """
     sizes = [_samples(batch) for batch in batches]
     if len({_shapes(batch, size) for batch, size in zip(batches, sizes, strict=True)}) > 1:
@@ -128,8 +137,9 @@ def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list
     chosen = np.random.default_rng(seed).permutation(sum(sizes))[:count]
     held = _taken(batches, sizes, np.sort(chosen))
     order = torch.from_numpy(np.argsort(np.argsort(chosen)))
-    first = max(1, min(PART, round(FIRST_SHARE * count)))
-    return [_indexed(held, count, indices) for indices in (order[:first], *order[first:].split(PART)) if len(indices)]
+    part = min(PART, max(sizes))
+    first = max(1, min(part, round(FIRST_SHARE * count)))
+    return [_indexed(held, count, indices) for indices in (order[:first], *order[first:].split(part)) if len(indices)]
 
 
 def _taken(batches: Sequence[Any], sizes: Sequence[int], chosen: NDArray[np.int64]) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -29,7 +31,9 @@ class Inputs:
         return cls(args=tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,))
 
     def call(self, model: nn.Module) -> Any:
-        return model(*self.args, **(self.kwargs or {}))
+        has_numbers = not any(tensor.is_meta for tensor in self.tensors())
+        with nullcontext() if has_numbers else OrdinaryBranches():
+            return model(*self.args, **(self.kwargs or {}))
 
     def map(self, function: Callable[[Any], Any]) -> Inputs:
         """``function`` applied to every leaf."""
@@ -40,6 +44,27 @@ class Inputs:
 
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
+
+
+class OrdinaryBranches(TorchDispatchMode):
+    """Without numbers, what a forward asks of all elements (``all``, or a sum that equals something) holds.
+
+    So it does on ordinary inputs: Hugging Face's attention masks are left out where all positions follow each other and
+    no token is padding. Any other question of a tensor's value is an error, as always on the meta device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0] is self._asked:
+            return True
+        result = func(*args, **(kwargs or {}))
+        is_question = name in ("all", "eq") and result.is_meta and not result.dim()
+        self._asked = result if is_question else None
+        return result
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:

@@ -111,6 +111,20 @@ def test_a_near_tie_is_scored_in_full():
     assert raced.is_complete and raced.score == pytest.approx(other.quality.mean())
 
 
+def test_parts_are_no_larger_than_the_largest_batch():
+    assert [len(part) for part in parts_of(list(X.split(64)), None)] == [40, 64, 64, 64, 64, 64, 40]
+
+
+def test_a_score_of_the_mean_ranks_whole_and_given_up_candidates_on_one_scale():
+    noise = np.random.default_rng(0).normal(size=1000)
+    score = Counting(1000)
+    score.of_mean = lambda mean: -float(np.exp(-mean))
+    best = race(candidate(noise), score, None)
+    assert best.score == pytest.approx(-np.exp(-noise.mean())) == score(candidate(noise))
+    worse = race(candidate(noise - 0.5), score, best.values)
+    assert not worse.is_complete and worse.score == pytest.approx(-np.exp(-noise.mean() + 0.5))
+
+
 def test_bad_scores_are_refused():
     with pytest.raises(ConfigError, match="no batches"):
         SampleScore([], lambda output, _: output)
