@@ -18,7 +18,9 @@ from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from . import commands
 from .config import register
 from .display import errors
+from .experiments.command import command as experiment
 from .finetuning.command import command as finetune
+from .rounds import command as rounds
 
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "space": (commands.space, "prunefront space task=digits"),
@@ -26,6 +28,8 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
+    "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
+    "experiment": (experiment, "prunefront experiment li2016 experiment.epochs=5"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
@@ -94,8 +98,11 @@ def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
-    if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
-        overrides[0] = f"run={_quoted(overrides[0])}"
+    if overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        if name in POSITIONAL:
+            overrides[0] = f"run={_quoted(overrides[0])}"
+        elif name == "experiment":
+            overrides[0] = f"experiment={overrides[0]}"
     if "--json" in overrides:
         if name not in ("space", "measure"):
             raise ConfigError(
@@ -224,11 +231,11 @@ def command_help(name: str) -> str:
     files = resources.files("prunefront.conf")
     text = (files / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
     options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
-    argument = " RUN" if name in POSITIONAL else ""
+    argument = " RUN" if name in POSITIONAL else " NAME" if name == "experiment" else ""
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
-    for group in ("task", "space", "finetune", "target", "tracker"):
+    for group in ("task", "space", "finetune", "experiment", "target", "tracker"):
         if f"- {group}:" in text:
             lines += ["", f"{group}=... one of"]
             for file in sorted((files / group).iterdir(), key=lambda file: file.name):

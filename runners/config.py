@@ -208,15 +208,28 @@ class Search:
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
     space: Any = MISSING
+    start: str | None = None
     guide: str = "auto"
     finalists: int = 5
     sampler: Any = "auto"
     warm_start: list[str] = field(default_factory=list)
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
     n_trials: int = 100
     timeout_s: float | None = None
     patience: int | None = None
     seed: int = 0
     run_dir: str = MISSING
+
+
+@dataclass
+class Rounds(Search):
+    """``prunefront rounds``."""
+
+    rounds: int = 3
+    finetune: Any = MISSING
+    device: str = "cpu"
+    restart: bool = False
 
 
 @dataclass
@@ -271,6 +284,8 @@ class Recipe:
     patience: int | None = None
     checkpoint_min: float = 10.0
     seed: int = 0
+    sparsity: float = 0.0
+    sparsity_kind: str = "groups"
     distill: Distill = field(default_factory=Distill)
 
 
@@ -309,6 +324,46 @@ class LoadCheck:
     modules: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Experiment:
+    """``prunefront experiment NAME``."""
+
+    experiment: Any = MISSING
+    run_dir: str = MISSING
+
+
+@dataclass
+class Li2016:
+    """Arguments of ``runners.experiments.li2016.run``."""
+
+    depth: int = 56
+    data: str | None = None
+    macs: float = 0.724
+    images: int = 1000
+    compensation: str = "none"
+    epochs: float = 5.0
+    lr: float = 0.02
+    batch_size: int = 128
+    seed: int = 0
+
+
+@dataclass
+class Michel2019:
+    """Arguments of ``runners.experiments.michel2019.run``."""
+
+    text: str = MISSING
+    words: int = 40
+    layers: int = 4
+    heads: int = 8
+    hidden: int = 128
+    epochs: float = 12.0
+    lr: float = 1e-3
+    step: float = 0.1
+    target: str = "onnxruntime"
+    measurement_s: float = 5.0
+    seed: int = 0
+
+
 def register() -> None:
     """Make the schemas known to Hydra; ``conf/`` extends them."""
     store = ConfigStore.instance()
@@ -318,14 +373,17 @@ def register() -> None:
         "measure": Measure,
         "front": Front,
         "finetune": Finetune,
+        "rounds": Rounds,
         "report": Report,
         "load_check": LoadCheck,
+        "experiment": Experiment,
     }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
     groups |= {"task/hf_causal_lm": HfCausalLm, "task/hf_text_classification": HfTextClassification}
     groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
+    groups |= {"experiment/li2016": Li2016, "experiment/michel2019": Michel2019}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

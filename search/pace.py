@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: The dense model may take so much longer than at its best.
 SLOWER = 0.04
 #: Seconds before another attempt, and that attempts of one search may take beyond as long as all good measurements did.
-PAUSE_S, PATIENCE_S = 2.0, 60.0
+PAUSE_S, PATIENCE_S = 2.0, 180.0
 
 
 class Pace:

@@ -26,6 +26,7 @@ from . import randomness
 from .distillation import Loss, Objective
 from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
 from .recipe import Recipe
+from .sparsity import make_penalty
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,12 @@ def finetune(
             calibration = Calibration(batches, autocast=autocast)
         data = Data(epochs, identity["batches"], calibration, score, autocast)
         trained = copy_model(model).to(memory_format=memory_format(model))
+        penalty = None
+        if recipe.sparsity:
+            penalty = make_penalty(trained, recipe.sparsity_kind, recipe.sparsity, first)
         with Objective(trained, loss, recipe, teacher if recipe.distill else None) as objective:
             checkpoint = None if directory is None else checkpoint_of(directory)
-            loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks)
+            loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks, penalty)
             loop.resume()
             result = loop.run()
     inputs = first if example_inputs is None else Inputs.of(example_inputs)

