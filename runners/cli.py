@@ -18,6 +18,8 @@ from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from . import commands
 from .config import register
 from .display import errors
+from .experiments import EXPERIMENTS
+from .experiments import command as experiment
 from .finetuning.command import command as finetune
 
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
@@ -26,6 +28,7 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
+    "experiment": (experiment, "prunefront experiment shearing"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
@@ -51,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         errors.print(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", style="red")
         return 2
-    if {"-h", "--help"} & set(rest):
-        print(command_help(name))
-        return 0
     debug = "--debug" in rest
+    rest = [argument for argument in rest if argument != "--debug"]
     try:
-        overrides = prepare_overrides(name, [argument for argument in rest if argument != "--debug"])
-        return run_command(name, overrides, debug)
+        config_name = name.replace("-", "_")
+        if name == "experiment":
+            config_name, rest = experiment_config(rest)
+        if {"-h", "--help"} & set(rest):
+            print(command_help(name, config_name))
+            return 0
+        return run_command(name, config_name, prepare_overrides(name, rest), debug)
     except PrunefrontError as error:
         return _report_error(error, debug)
     except KeyboardInterrupt:
@@ -68,7 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
+def experiment_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The configuration of the experiment that the first argument names, and the other arguments."""
+    name, *rest = arguments or [""]
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"prunefront experiment takes the name of one first: {', '.join(EXPERIMENTS)}")
+    return f"experiment/{name}", rest
+
+
+def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bool) -> int:
     """Compose the configuration and run the command, once or (``-m``) for every combination."""
     command = COMMANDS[name][0]
     failed = []
@@ -85,7 +99,7 @@ def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
     before = sys.argv
     sys.argv = [f"prunefront {name}", *overrides]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://prunefront.conf", config_name=name.replace("-", "_"))(job)()
+        hydra.main(version_base="1.3", config_path="pkg://prunefront.conf", config_name=config_name)(job)()
     finally:
         sys.argv = before
     return 1 if failed else 0
@@ -218,13 +232,13 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str) -> str:
+def command_help(name: str, config_name: str) -> str:
     """The command's options with their defaults and meanings: its configuration file, and the choices beside it."""
     command, example = COMMANDS[name]
     files = resources.files("prunefront.conf")
-    text = (files / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
+    text = (files / f"{config_name}.yaml").read_text(encoding="utf-8")
     options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
-    argument = " RUN" if name in POSITIONAL else ""
+    argument = " RUN" if name in POSITIONAL else config_name.removeprefix(name).replace("/", " ")
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]

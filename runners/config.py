@@ -302,6 +302,34 @@ class Report:
 
 
 @dataclass
+class Shape:
+    """Widths of all layers; None leaves a part whole."""
+
+    hidden: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    neurons: int | None = None
+
+
+@dataclass
+class Shearing:
+    """``prunefront experiment shearing``."""
+
+    task: Any = MISSING
+    space: Any = MISSING
+    finetune: Any = MISSING
+    tracker: Any = None
+    shape: Shape = field(default_factory=Shape)
+    tokens: int = 500_000
+    scratch: list[float] = field(default_factory=list)
+    points: int = 20
+    check: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    run_dir: str = MISSING
+
+
+@dataclass
 class LoadCheck:
     """``prunefront load-check PATH``."""
 
@@ -326,6 +354,7 @@ def register() -> None:
     groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
+    groups |= {"experiment/shearing": Shearing}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

@@ -1,0 +1,21 @@
+"""Published systems, each by one command.
+
+``prunefront experiment NAME`` composes ``conf/experiment/NAME.yaml`` and runs the function ``run`` of the module here of
+that name.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+#: Experiments of several steps; those that one command can do are choices of that command (``experiment=NAME``).
+EXPERIMENTS = ("shearing",)
+
+
+def command(config: DictConfig) -> None:
+    """Reproduce a published system in several steps: tables, figures and models."""
+    name = str(HydraConfig.get().job.config_name).rpartition("/")[2]
+    importlib.import_module(f"{__name__}.{name}").run(config)
