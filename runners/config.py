@@ -251,6 +251,14 @@ class Distill:
 
 
 @dataclass
+class Domains:
+    """See ``prunefront.Domains``."""
+
+    every: int = 0
+    reference: Any = None
+
+
+@dataclass
 class Recipe:
     """Arguments of ``prunefront.Recipe``, and a name for what is saved."""
 
@@ -272,6 +280,7 @@ class Recipe:
     checkpoint_min: float = 10.0
     seed: int = 0
     distill: Distill = field(default_factory=Distill)
+    domains: Domains = field(default_factory=Domains)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Published systems, each by one command.
 
-``prunefront experiment NAME`` composes ``conf/experiment/NAME.yaml`` and runs the function ``run`` of the module here of
-that name.
+``prunefront experiment NAME`` composes ``conf/experiment/NAME.yaml`` and runs the function ``run`` of the module
+of that name here.
 """
 
 from __future__ import annotations

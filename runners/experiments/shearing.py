@@ -126,7 +126,7 @@ def train(config: DictConfig, task: Task, model: nn.Module, plan: Plan, folder: 
             score=task.score,
             test=task.test,
             recipe=recipe,
-            teacher=load(folder.parent / "dense").to(config.device) if recipe.distill else None,
+            teacher=load(folder.parent / "dense").to(config.device) if recipe.needs_dense else None,
             autocast=task.autocast,
             example_inputs=task.example_inputs,
             plan=plan,

@@ -36,7 +36,7 @@ def command(config: DictConfig) -> None:
             " and task.loss=my_module.loss"
         )
     check_device(config.device)
-    teacher = _loaded(run_dir / "dense", task).to(config.device) if recipe.distill else None
+    teacher = _loaded(run_dir / "dense", task).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:
         folder = run_dir / "front" / pick / FINETUNED / name
