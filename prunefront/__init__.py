@@ -1,13 +1,14 @@
 """Find and build smaller models by structured pruning."""
 
 # The function takes the place of the folder's name here; import the folder's parts with `from`.
-from .runners.finetuning import Distill, Finetuned, Recipe, finetune
+from .runners.finetuning import Distill, Domains, Finetuned, Recipe, finetune
 from .search import Entry, Fidelity, Measurement, Result, SampleScore, Timing, load, measure, project, search
 from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
 
 __all__ = [
     "Cost",
     "Distill",
+    "Domains",
     "Entry",
     "Fidelity",
     "Finetuned",

@@ -18,7 +18,8 @@ from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from . import commands
 from .config import register
 from .display import errors
-from .experiments.command import command as experiment
+from .experiments import EXPERIMENTS
+from .experiments import command as experiment
 from .finetuning.command import command as finetune
 from .rounds import command as rounds
 
@@ -29,7 +30,7 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
     "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
-    "experiment": (experiment, "prunefront experiment li2016 experiment.epochs=5"),
+    "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
@@ -55,13 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         errors.print(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", style="red")
         return 2
-    if {"-h", "--help"} & set(rest):
-        print(command_help(name))
-        return 0
     debug = "--debug" in rest
+    rest = [argument for argument in rest if argument != "--debug"]
     try:
-        overrides = prepare_overrides(name, [argument for argument in rest if argument != "--debug"])
-        return run_command(name, overrides, debug)
+        config_name = name.replace("-", "_")
+        if name == "experiment":
+            config_name, rest = experiment_config(rest)
+        if {"-h", "--help"} & set(rest):
+            print(command_help(name, config_name))
+            return 0
+        return run_command(name, config_name, prepare_overrides(name, rest), debug)
     except PrunefrontError as error:
         return _report_error(error, debug)
     except KeyboardInterrupt:
@@ -72,7 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
+def experiment_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The configuration of the experiment that the first argument names, and the other arguments."""
+    name, *rest = arguments or [""]
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"prunefront experiment takes the name of one first: {', '.join(EXPERIMENTS)}")
+    return f"experiment/{name}", rest
+
+
+def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bool) -> int:
     """Compose the configuration and run the command, once or (``-m``) for every combination."""
     command = COMMANDS[name][0]
     failed = []
@@ -89,7 +101,7 @@ def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
     before = sys.argv
     sys.argv = [f"prunefront {name}", *overrides]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://prunefront.conf", config_name=name.replace("-", "_"))(job)()
+        hydra.main(version_base="1.3", config_path="pkg://prunefront.conf", config_name=config_name)(job)()
     finally:
         sys.argv = before
     return 1 if failed else 0
@@ -98,11 +110,8 @@ def run_command(name: str, overrides: Sequence[str], debug: bool) -> int:
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
-    if overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
-        if name in POSITIONAL:
-            overrides[0] = f"run={_quoted(overrides[0])}"
-        elif name == "experiment":
-            overrides[0] = f"experiment={overrides[0]}"
+    if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        overrides[0] = f"run={_quoted(overrides[0])}"
     if "--json" in overrides:
         if name not in ("space", "measure"):
             raise ConfigError(
@@ -225,17 +234,17 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str) -> str:
+def command_help(name: str, config_name: str) -> str:
     """The command's options with their defaults and meanings: its configuration file, and the choices beside it."""
     command, example = COMMANDS[name]
     files = resources.files("prunefront.conf")
-    text = (files / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
+    text = (files / f"{config_name}.yaml").read_text(encoding="utf-8")
     options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
-    argument = " RUN" if name in POSITIONAL else " NAME" if name == "experiment" else ""
+    argument = " RUN" if name in POSITIONAL else config_name.removeprefix(name).replace("/", " ")
     lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
     lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
-    for group in ("task", "space", "finetune", "experiment", "target", "tracker"):
+    for group in ("task", "space", "finetune", "target", "tracker"):
         if f"- {group}:" in text:
             lines += ["", f"{group}=... one of"]
             for file in sorted((files / group).iterdir(), key=lambda file: file.name):

@@ -264,6 +264,14 @@ class Distill:
 
 
 @dataclass
+class Domains:
+    """See ``prunefront.Domains``."""
+
+    every: int = 0
+    reference: Any = None
+
+
+@dataclass
 class Recipe:
     """Arguments of ``prunefront.Recipe``, and a name for what is saved."""
 
@@ -287,6 +295,7 @@ class Recipe:
     sparsity: float = 0.0
     sparsity_kind: str = "groups"
     distill: Distill = field(default_factory=Distill)
+    domains: Domains = field(default_factory=Domains)
 
 
 @dataclass
@@ -317,6 +326,34 @@ class Report:
 
 
 @dataclass
+class Shape:
+    """Widths of all layers; None leaves a part whole."""
+
+    hidden: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    neurons: int | None = None
+
+
+@dataclass
+class Shearing:
+    """``prunefront experiment shearing``."""
+
+    task: Any = MISSING
+    space: Any = MISSING
+    finetune: Any = MISSING
+    tracker: Any = None
+    shape: Shape = field(default_factory=Shape)
+    tokens: int = 500_000
+    scratch: list[float] = field(default_factory=list)
+    points: int = 20
+    check: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    run_dir: str = MISSING
+
+
+@dataclass
 class LoadCheck:
     """``prunefront load-check PATH``."""
 
@@ -325,16 +362,8 @@ class LoadCheck:
 
 
 @dataclass
-class Experiment:
-    """``prunefront experiment NAME``."""
-
-    experiment: Any = MISSING
-    run_dir: str = MISSING
-
-
-@dataclass
 class Li2016:
-    """Arguments of ``runners.experiments.li2016.run``."""
+    """``prunefront experiment li2016``."""
 
     depth: int = 56
     data: str | None = None
@@ -345,11 +374,12 @@ class Li2016:
     lr: float = 0.02
     batch_size: int = 128
     seed: int = 0
+    run_dir: str = MISSING
 
 
 @dataclass
 class Michel2019:
-    """Arguments of ``runners.experiments.michel2019.run``."""
+    """``prunefront experiment michel2019``."""
 
     text: str = MISSING
     words: int = 40
@@ -359,9 +389,10 @@ class Michel2019:
     epochs: float = 12.0
     lr: float = 1e-3
     step: float = 0.1
-    target: str = "onnxruntime"
+    latency_on: str = "onnxruntime"
     measurement_s: float = 5.0
     seed: int = 0
+    run_dir: str = MISSING
 
 
 def register() -> None:
@@ -376,14 +407,13 @@ def register() -> None:
         "rounds": Rounds,
         "report": Report,
         "load_check": LoadCheck,
-        "experiment": Experiment,
     }
     groups = {"task/digits": Digits, "task/cifar_resnet": CifarResNet, "task/custom": Custom}
     groups |= {"task/hf_causal_lm": HfCausalLm, "task/hf_text_classification": HfTextClassification}
     groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
-    groups |= {"experiment/li2016": Li2016, "experiment/michel2019": Michel2019}
+    groups |= {"experiment/shearing": Shearing, "experiment/li2016": Li2016, "experiment/michel2019": Michel2019}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from torch import nn
 
 from ...search.saved import save_model, write_json
@@ -22,6 +23,8 @@ from ...search.scores import SampleScore
 from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
+from ..commands import plain
+from ..display import console, errors
 from ..finetuning import Recipe, finetune
 from ..tasks import Task
 from ..tasks.cifar_resnet import cifar_resnet
@@ -34,7 +37,16 @@ RATIOS = tuple(round(0.1 * step, 1) for step in range(10))
 PAPER = {"dense": 93.04, "pruned": 93.06, "macs": 0.724}
 
 
-def run(
+def run(config: DictConfig) -> None:
+    options = plain(config)
+    run_dir = Path(options.pop("run_dir"))
+    with errors.status(f"results go to {run_dir}"):
+        results = reproduce(run_dir, **options)
+    console.print(described(results), soft_wrap=True)
+    console.print(f"results and figures  {run_dir}", soft_wrap=True, highlight=False)
+
+
+def reproduce(
     run_dir: Path,
     depth: int = 56,
     data: str | None = None,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 from torch import nn
 
 from ...search.measurement import Settings, measure
@@ -25,6 +26,8 @@ from ...spaces import Space, discover
 from ...spaces.calibration import precision
 from ...spaces.criteria import Evidence, unit_scores
 from ...spaces.errors import ConfigError
+from ..commands import plain
+from ..display import console, errors
 from ..targets import OnnxTarget, TorchTarget
 from ..tasks import Task
 from ..tasks.hf_text_classification import hf_text_classification
@@ -39,7 +42,16 @@ TEST_SHARE, LEAST_PASSAGES = 0.2, 10
 TARGETS = {"onnxruntime": OnnxTarget, "torch": TorchTarget, "none": None}
 
 
-def run(
+def run(config: DictConfig) -> None:
+    options = plain(config)
+    run_dir = Path(options.pop("run_dir"))
+    with errors.status(f"results go to {run_dir}"):
+        results = reproduce(run_dir, **options)
+    console.print(described(results), soft_wrap=True)
+    console.print(f"results and figures  {run_dir}", soft_wrap=True, highlight=False)
+
+
+def reproduce(
     run_dir: Path,
     text: str,
     words: int = 40,
@@ -49,21 +61,21 @@ def run(
     epochs: float = 12.0,
     lr: float = 1e-3,
     step: float = 0.1,
-    target: str = "onnxruntime",
+    latency_on: str = "onnxruntime",
     measurement_s: float = 5.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train the classifier and follow both curves.
 
     Leaves the tables of passages, the model ``dense``, ``heads.svg`` (accuracy against heads removed), ``latency.svg``
-    where there is a ``target``, and ``results.json``, which is returned.
+    if it is measured, and ``results.json``, which is returned.
 
     Raises:
-        ConfigError: ``text`` has no articles, or the target is unknown.
+        ConfigError: ``text`` has no articles, or ``latency_on`` is unknown.
     """
     options = {key: value for key, value in locals().items() if key != "run_dir"}
-    if target not in TARGETS:
-        raise ConfigError(f"experiment.target must be one of {', '.join(TARGETS)}, not {target!r}")
+    if latency_on not in TARGETS:
+        raise ConfigError(f"latency_on must be one of {', '.join(TARGETS)}, not {latency_on!r}")
     steps = Steps(run_dir, options)
     train, test = write_passages(Path(text), run_dir, words, seed)
     task = hf_text_classification(
@@ -94,9 +106,9 @@ def run(
     ]
     line_chart(run_dir / "heads.svg", title, "heads removed (%)", "test accuracy (%)", lines)
     results: dict[str, Any] = {"articles": len(task_labels(train)), "chance": 1 / len(task_labels(train)), **curves}
-    if target != "none":
+    if latency_on != "none":
         results["latency"] = steps.kept(
-            "latency", lambda: latencies(dense, task, curves["one-shot"], target, measurement_s)
+            "latency", lambda: latencies(dense, task, curves["one-shot"], latency_on, measurement_s)
         )
         points = results["latency"]
         removed = [100 * p["removed"] for p in points]
@@ -113,7 +125,7 @@ def run(
 def write_passages(source: Path, folder: Path, words: int, seed: int) -> tuple[Path, Path]:
     """Passages of ``words`` words with their article's title, as ``train.csv`` and ``test.csv`` in ``folder``."""
     if not source.exists():
-        raise ConfigError(f"experiment.text={source} does not exist")
+        raise ConfigError(f"text={source} does not exist")
     articles: dict[str, list[str]] = {}
     title = None
     for line in source.read_text(encoding="utf-8").splitlines():
@@ -132,7 +144,7 @@ def write_passages(source: Path, folder: Path, words: int, seed: int) -> tuple[P
         for passage, into in zip(passages, is_test, strict=True):
             rows[int(into)].append([passage, name])
     if len(rows[0]) < 2:
-        raise ConfigError(f"experiment.text={source} has no articles of {LEAST_PASSAGES} passages under ' = Title = '")
+        raise ConfigError(f"text={source} has no articles of {LEAST_PASSAGES} passages under ' = Title = '")
     for path, content in zip(paths, rows, strict=True):
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(content)

@@ -2,6 +2,6 @@
 
 from .engine import Finetuned, finetune
 from .loop import Progress
-from .recipe import Distill, Recipe
+from .recipe import Distill, Domains, Recipe
 
-__all__ = ["Distill", "Finetuned", "Progress", "Recipe", "finetune"]
+__all__ = ["Distill", "Domains", "Finetuned", "Progress", "Recipe", "finetune"]

@@ -55,7 +55,7 @@ def trained(
             " and task.loss=my_module.loss"
         )
     check_device(config.device)
-    teacher = _loaded(run_dir / DENSE, task).to(config.device) if recipe.distill else None
+    teacher = _loaded(run_dir / DENSE, task).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:
         source = run_dir / DENSE if pick == DENSE else run_dir / "front" / pick

@@ -43,18 +43,19 @@ class Objective:
     def __call__(self, inputs: Inputs, batch: Any) -> torch.Tensor:
         output = inputs.call(self.model)
         loss = _own_loss(output) if self.loss is None else self.loss(output, batch)
+        text = (inputs.kwargs or {}).get("attention_mask")
         if smoothing := self.recipe.label_smoothing:
-            loss = (1 - smoothing) * loss + smoothing * uniform_cross_entropy(logits_of(output))
+            loss = (1 - smoothing) * loss + smoothing * uniform_cross_entropy(logits_of(output), text)
         if self.teacher is None:
             return loss
         with torch.no_grad():
             taught = inputs.call(self.teacher)
         distill = self.recipe.distill
         if distill.weight:
-            learnt = distillation_loss(logits_of(output), logits_of(taught), distill)
+            learnt = distillation_loss(logits_of(output), logits_of(taught), distill, text)
             loss = (1 - distill.weight) * loss + distill.weight * learnt
         if distill.hidden:
-            loss = loss + distill.hidden * hidden_loss(self.mine, self.theirs)
+            loss = loss + distill.hidden * hidden_loss(self.mine, self.theirs, text)
         return loss
 
 
@@ -80,30 +81,45 @@ def logits_of(output: Any) -> torch.Tensor:
     return tensors[0].movedim(1, -1) if tensors[0].dim() == 4 else tensors[0]
 
 
-def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+def without_padding(tensor: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    """Of a ``tensor (samples, positions, ...)`` the positions that the mask ``text (samples, positions)`` does not call
+    padding, ``(n, ...)``; any other tensor as it is."""
+    if text is None or tensor.dim() < 3 or text.shape != tensor.shape[:2]:
+        return tensor
+    return tensor[text.bool()]
+
+
+def uniform_cross_entropy(logits: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
     """Cross entropy with the uniform distribution: the part that label smoothing mixes in."""
-    return -F.log_softmax(logits.float(), dim=-1).mean()
+    return -F.log_softmax(without_padding(logits, text).float(), dim=-1).mean()
 
 
-def distillation_loss(mine: torch.Tensor, theirs: torch.Tensor, distill: Distill) -> torch.Tensor:
-    """Divergence of softened distributions, ``T**2 * KL(theirs / T || mine / T)``, a mean over all but the classes."""
+def distillation_loss(
+    mine: torch.Tensor, theirs: torch.Tensor, distill: Distill, text: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Divergence of softened distributions, ``T**2 * KL(theirs / T || mine / T)``, a mean over all but the classes.
+
+    Positions that the attention mask ``text`` calls padding do not count.
+    """
     if mine.shape != theirs.shape:
         raise FinetuneError(
             f"distillation compares logits of one shape: the model gives {tuple(mine.shape)} and the teacher "
             f"{tuple(theirs.shape)}; give a teacher with the same classes, or set finetune.distill.weight=0"
         )
-    mine, theirs = (F.log_softmax(logits.float() / distill.temperature, dim=-1) for logits in (mine, theirs))
+    mine, theirs = (without_padding(logits, text).float() / distill.temperature for logits in (mine, theirs))
+    mine, theirs = (F.log_softmax(logits, dim=-1) for logits in (mine, theirs))
     divergence = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(dim=-1).mean()
     return divergence * distill.temperature**2
 
 
-def hidden_loss(mine: Hidden, theirs: Hidden) -> torch.Tensor:
-    """Mean over layers of ``|mine - theirs|**2 / |theirs|**2``, where outputs have one shape."""
-    errors = [
-        F.mse_loss(mine[name].float(), theirs[name].float()) / theirs[name].float().square().mean().clamp(min=1e-12)
+def hidden_loss(mine: Hidden, theirs: Hidden, text: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over layers of ``|mine - theirs|**2 / |theirs|**2``, where outputs have one shape; without padding."""
+    pairs = [
+        [without_padding(hidden[name], text).float() for hidden in (mine, theirs)]
         for name in mine
         if name in theirs and mine[name].shape == theirs[name].shape
     ]
+    errors = [F.mse_loss(own, taught) / taught.square().mean().clamp(min=1e-12) for own, taught in pairs]
     if not errors:
         raise FinetuneError(
             "no layer of the model and of the teacher has outputs of one shape: the widths between layers were pruned; "

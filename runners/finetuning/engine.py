@@ -24,6 +24,7 @@ from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError
 from ...spaces.inputs import Inputs
 from . import randomness
 from .distillation import Loss, Objective
+from .domains import make_loading
 from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
 from .recipe import Recipe
 from .sparsity import make_penalty
@@ -69,7 +70,8 @@ def finetune(
     batch is a tensor, a mapping of keyword arguments, or a tuple or list that starts with the model's input.
     ``loss``: a function of an output and a batch; Hugging Face models bring their own. ``score`` is called during
     training, on data that is neither training nor test data, ``test`` once in the end; both get the model in
-    evaluation mode, in precision ``autocast``. ``teacher``: the dense model, for ``recipe.distill``.
+    evaluation mode, in precision ``autocast``. ``teacher``: the dense model, for ``recipe.distill`` and
+    ``recipe.domains``.
     ``example_inputs`` of the saved model are by default the first sample of ``training``; ``plan`` and ``metrics``
     (costs, what is known already) are written down with it. ``callbacks`` are called with a :class:`Progress`.
 
@@ -101,7 +103,8 @@ def finetune(
         if batch_norms(model):
             batches = [on_device(batch, device, memory_format(model)) for batch in _some_batches(epochs, recipe.seed)]
             calibration = Calibration(batches, autocast=autocast)
-        data = Data(epochs, identity["batches"], calibration, score, autocast)
+        loading = make_loading(training, recipe.domains, loss, teacher, recipe.autocast, recipe.seed)
+        data = Data(epochs, identity["batches"], calibration, score, autocast, loading)
         trained = copy_model(model).to(memory_format=memory_format(model))
         penalty = None
         if recipe.sparsity:
@@ -139,7 +142,7 @@ def _check(training: Any, model: nn.Module, recipe: Recipe, score: Score | None,
         raise ConfigError("finetune.patience stops by the score, and there is no score=")
     if recipe.distill and teacher is None:
         raise ConfigError("finetune.distill learns from a teacher; pass teacher=, the dense model")
-    if teacher is not None and not recipe.distill:
+    if teacher is not None and not recipe.needs_dense:
         raise ConfigError("there is a teacher and nothing to learn from it; set finetune.distill.weight=0.5")
     if teacher is model:
         raise ConfigError("the teacher is the model itself; pass the dense model")
@@ -153,8 +156,9 @@ def _check(training: Any, model: nn.Module, recipe: Recipe, score: Score | None,
 def _identity(model: nn.Module, recipe: Recipe, batches: int) -> dict[str, Any]:
     """What must be the same for training to go on."""
     values = {key: value for key, value in recipe.to_json().items() if key not in FREE}
-    distill = {f"distill.{key}": value for key, value in values.pop("distill").items()}
-    named = {f"finetune.{key}": value for key, value in (values | distill).items()}
+    for part in ("distill", "domains"):
+        values |= {f"{part}.{key}": value for key, value in values.pop(part).items()}
+    named = {f"finetune.{key}": value for key, value in values.items()}
     return {"model": weights_digest(model), "batches": batches, **named}
 
 
@@ -206,6 +210,7 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
         "seconds": loop.seconds,
         "curve": loop.curve,
         "evaluations": loop.evaluations,
+        **({} if loop.data.loading is None else {"domains": loop.data.loading.state()}),
         "recipe": loop.recipe.to_json(),
     }
 

@@ -22,6 +22,7 @@ from ...spaces.surgery import tensors_of
 from . import randomness
 from .checkpoints import load_checkpoint, save_checkpoint
 from .distillation import Objective
+from .domains import DynamicLoading, domain_losses
 from .interrupts import deferred_interrupt
 from .optimizers import copy_buffers, make_optimizer, move_average, optimizer_tensors, restore_optimizer
 from .recipe import Recipe
@@ -60,6 +61,8 @@ class Data:
     score: Score | None
     #: Precision of recalibration and scores.
     autocast: torch.dtype | None
+    #: Draws batches by domain instead of reading epochs.
+    loading: DynamicLoading | None = None
 
 
 class Loop:
@@ -113,6 +116,7 @@ class Loop:
         with deferred_interrupt() as is_interrupted:
             while self.step < self.steps and not self.has_stalled:
                 self.train(next(batches))
+                self.mix()
                 last = self.step == self.steps
                 if last or self.step % self.interval == 0:
                     now = time.perf_counter()
@@ -132,6 +136,12 @@ class Loop:
 
     def stream(self) -> Iterator[Any]:
         """The batches that are still to come, epoch after epoch."""
+        if self.data.loading is not None:
+            randomness.seed_all(self.recipe.seed, 0)
+            if self.random is not None:
+                randomness.restore(self.device, *self.random)
+            while True:
+                yield self.data.loading.batch(self.step)
         first, done = divmod(self.step, self.data.batches)
         for epoch in itertools.count(first):
             randomness.seed_all(self.recipe.seed, epoch)
@@ -174,6 +184,14 @@ class Loop:
         self.counted += 1
         if self.average is not None:
             move_average(self.average, self.model, self.recipe.ema, self.step)
+
+    def mix(self) -> None:
+        """Give domains new weights, where batches are loaded so and it is time to."""
+        loading = self.data.loading
+        if loading is not None and self.step % loading.every == 0:
+            assert self.objective.loss is not None
+            losses = domain_losses(self.model, loading.data.probes, self.objective.loss, self.recipe.autocast)
+            loading.update(self.step, losses)
 
     def point(self, steps_per_s: float) -> None:
         """One more point of the loss curve."""
@@ -242,7 +260,12 @@ class Loop:
         save_checkpoint(
             self.checkpoint,
             {**tensors, "total_loss": self.total_loss},
-            {**numbers, "random": generators, "identity": self.identity},
+            {
+                **numbers,
+                "random": generators,
+                "identity": self.identity,
+                "domains": None if self.data.loading is None else self.data.loading.state(),
+            },
         )
         self.saved_step = self.step
 
@@ -269,6 +292,8 @@ class Loop:
         self.best = parts.get("best", {})
         self.step, self.counted, self.seconds = numbers["step"], numbers["counted"], numbers["seconds"]
         self.curve, self.evaluations = numbers["curve"], numbers["evaluations"]
+        if self.data.loading is not None:
+            self.data.loading.restore(numbers["domains"])
         self.saved_step, self.random = self.step, (parts["random"], numbers["random"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ class Distill:
 
     def __bool__(self) -> bool:
         return self.weight > 0 or self.hidden > 0
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Dynamic batch loading (Xia et al. 2023, Sheared LLaMA): domains that lag behind are drawn more often."""
+
+    #: Steps between updates of the weights; 0: domains keep their natural shares.
+    every: int = 0
+    #: The loss to reach in every domain; None: that of the dense model.
+    reference: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check("domains.every", self.every, self.every >= 0, "at least 0")
+
+    def __bool__(self) -> bool:
+        return self.every > 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Recipe:
     sparsity: float = 0.0
     sparsity_kind: str = "groups"
     distill: Distill = Distill()
+    domains: Domains = field(default_factory=Domains)
 
     def __post_init__(self) -> None:
         _check("sparsity", self.sparsity, self.sparsity >= 0, "at least 0")
@@ -98,10 +115,16 @@ class Recipe:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
         """From plain values, such as those of ``conf/finetune``."""
-        return cls(**{**values, "distill": Distill(**values["distill"])})
+        parts = {"distill": Distill(**values["distill"]), "domains": Domains(**values.get("domains", {}))}
+        return cls(**{**values, **parts})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether something is learnt from the dense model."""
+        return bool(self.distill) or (bool(self.domains) and self.domains.reference is None)
 
     @property
     def autocast(self) -> torch.dtype | None:

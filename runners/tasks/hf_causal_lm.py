@@ -78,7 +78,7 @@ def hf_causal_lm(
     check_length(found, sequence_length)
     extra = {"use_cache": False} if takes(AUTO, found, "use_cache") else {}
     splits = sequences(texts, search, test, vocabulary, sequence_length, held_out)
-    data = {name: Packed(domains, batch_size, extra) for name, domains in splits.items()}
+    data = {name: Packed(domains, batch_size, extra, splits["search"]) for name, domains in splits.items()}
     made = partial(make, AUTO, model, found, dtype, seed)
     return Task(
         make_model=partial(make_trained, made, None if model else data["train"], next_token_loss, epochs, lr, seed),

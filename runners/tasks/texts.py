@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from .vocabulary import Vocabulary
 
 #: What a text is called where the user names no domain.
 ONLY_DOMAIN = "text"
+#: Sequences that tell the loss of a domain.
+PROBED = 64
 #: Keys of a source that is a data set of Hugging Face.
 DATASET_KEYS = {"dataset", "config", "split", "column"}
 
@@ -140,6 +142,8 @@ class Packed(Batches):
     batch_size: int
     #: Arguments that every batch has besides ``input_ids``.
     extra: Mapping[str, Any]
+    #: Other sequences by domain, for losses of domains; their first ``PROBED``.
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -150,6 +154,19 @@ class Packed(Batches):
         """The sequences of all domains, ``(rows, length)``; without a copy where there is one domain."""
         parts = list(self.domains.values())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows by domain."""
+        return {name: len(sequences) for name, sequences in self.domains.items()}
+
+    @property
+    def probes(self) -> dict[str, list[dict[str, Any]]]:
+        """Batches by domain that are not trained on."""
+        return {
+            name: [{"input_ids": part.long(), **self.extra} for part in sequences[:PROBED].split(self.batch_size)]
+            for name, sequences in self.others.items()
+        }
 
     def batch(self, chosen: Sequence[int]) -> dict[str, Any]:
         return {"input_ids": self.all[torch.as_tensor(chosen)].long(), **self.extra}

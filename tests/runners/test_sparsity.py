@@ -1,5 +1,7 @@
 """Penalties against autograd, and what they do to units."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -56,12 +58,11 @@ def test_training_with_a_penalty_leaves_some_units_small_beside_others(kind):
     recipe = prunefront.Recipe(precision="float32", steps=150, lr=0.05, weight_decay=0.0)
 
     def smallest(sparsity: float) -> float:
-        options = {"sparsity": sparsity, "sparsity_kind": kind}
         trained = prunefront.finetune(
             net(),
             training=[(INPUTS, labels)],
             loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
-            recipe=prunefront.Recipe(**{**recipe.to_json(), "distill": prunefront.Distill(), **options}),
+            recipe=replace(recipe, sparsity=sparsity, sparsity_kind=kind),
         ).model
         norms = (
             trained[1].weight.detach().abs()
