@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ FIRST_TRIALS, DIMENSIONS_A_TRIAL, FIRST_SPREAD = 12, 8, 0.3
 MOST_TRIALS = 400
 #: Proposals compared in a round: changed at random, and along the slopes of the surrogate.
 POOL, CLIMBED = 256, 128
-#: Plans that the next round starts from.
-CENTRES = 5
+#: Plans that the next round starts from, and that are filled up until one is new.
+CENTRES, MOST_FILLS = 5, 16
 #: Spreads of the changes of a round, and how many of the dimensions are changed.
 _ROUNDS = ((0.03, 0.08, 0.2, 0.4), (0.02, 0.05, 0.1), (0.02, 0.05, 0.1))
 _CHANGED = (0.1, 0.3, 1.0)
@@ -147,11 +148,20 @@ class SurrogateSampler(BaseSampler):
             pool = Scored(widths, criteria, gains) if centres is pool else pool + Scored(widths, criteria, gains)
             pool = pool[np.argsort(-pool.values)]
             centres = pool[:CENTRES]
-        for widths, criterion in zip(pool.widths, pool.criteria, strict=True):
-            filled = projector.fill(widths / space.sizes, space.criteria[criterion])
-            if (*filled.tolist(), criterion) not in known:
-                return filled, int(criterion)
-        return pool.widths[0], int(pool.criteria[0])  # the space is so small that all of it is known
+        found = self._first_unknown(projector, pool, known)
+        # Where all that look good are known, the search has converged: chance may find what the surrogate does not see.
+        return found or self._random(projector, int(rng.integers(len(space.criteria))), rng)
+
+    def _first_unknown(
+        self, projector: Projector, pool: Scored, known: set[tuple[int, ...]]
+    ) -> tuple[NDArray[np.int64], int] | None:
+        """The first plan of ``pool`` that is not ``known`` when it is filled up, of so many."""
+        rows = zip(pool.widths.tolist(), pool.criteria.tolist(), strict=True)
+        for *row, criterion in itertools.islice(dict.fromkeys((*row, name) for row, name in rows), MOST_FILLS):
+            widths = projector.fill(np.array(row) / self.problem.space.sizes, self.problem.space.criteria[criterion])
+            if (*widths.tolist(), criterion) not in known:
+                return widths, criterion
+        return None
 
     def _relevant(self, projector: Projector, scored: Scored) -> Scored:
         if len(scored) <= MOST_TRIALS:
