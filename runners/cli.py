@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -22,6 +23,7 @@ from .experiments import EXPERIMENTS
 from .experiments import command as experiment
 from .finetuning.command import command as finetune
 from .rounds import command as rounds
+from .workers import command as worker
 
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "space": (commands.space, "prunefront space task=digits"),
@@ -29,13 +31,14 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
+    "worker": (worker, "prunefront worker runs/a storage=postgresql://user@host/studies"),
     "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
     "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
 #: These take a run as their first argument.
-POSITIONAL = ("front", "finetune", "load-check", "report")
+POSITIONAL = ("front", "finetune", "load-check", "report", "worker")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
 #: text, values of a Hugging Face configuration.
 OPEN_KEYS = (
@@ -60,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = [argument for argument in rest if argument != "--debug"]
     try:
         config_name = name.replace("-", "_")
+        if name == "experiment" and rest and rest[0] in ("-h", "--help"):
+            print(experiments_help())
+            return 0
         if name == "experiment":
             config_name, rest = experiment_config(rest)
         if {"-h", "--help"} & set(rest):
@@ -82,6 +88,15 @@ def experiment_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if name not in EXPERIMENTS:
         raise ConfigError(f"prunefront experiment takes the name of one first: {', '.join(EXPERIMENTS)}")
     return f"experiment/{name}", rest
+
+
+def experiments_help() -> str:
+    """What there is to reproduce."""
+    lines = [(experiment.__doc__ or "").splitlines()[0], "", "usage: prunefront experiment NAME [OPTION=VALUE ...]", ""]
+    for name in EXPERIMENTS:
+        text = (resources.files("prunefront.conf") / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        lines.append(f"  {name:11} {text.splitlines()[1].lstrip('# ')}")
+    return "\n".join([*lines, "", "prunefront experiment NAME --help shows the options."])
 
 
 def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bool) -> int:
@@ -126,10 +141,24 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         run_dir = Path(resumed[-1].removeprefix("resume="))
         kept = inherited(run_dir, overrides, f"prunefront search resume={run_dir}")
         overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
+    if name == "worker":
+        overrides = _joining(overrides)
     if name == "finetune":
         overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
         overrides = [*_of_the_search(overrides), *overrides]
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+
+
+def _joining(overrides: Sequence[str]) -> list[str]:
+    """A worker has the options of the search whose folder comes first, where that is on this machine."""
+    run = next((text for text in overrides if _key(text) in ("run", "run_dir")), None)
+    if run is None:
+        raise ConfigError("prunefront worker takes the folder of a search first")
+    run_dir = Path(json.loads(text) if (text := run.partition("=")[2]).startswith('"') else text.strip("'"))
+    rest = [text for text in overrides if text != run]
+    kept = inherited(run_dir, rest, f"prunefront worker {run_dir}") if (run_dir / ".hydra").exists() else []
+    kept = [text for text in kept if _key(text) != "workers"]
+    return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
 
 
 def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Sequence[str] = ()) -> list[str]:

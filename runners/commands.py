@@ -26,7 +26,7 @@ from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
-from ..search.saved import METRICS, read_json, save_model
+from ..search.saved import METRICS, read_json, save_model, write_json
 from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
@@ -34,6 +34,7 @@ from ..spaces.calibration import precision
 from ..spaces.errors import ConfigError, PrunefrontError, SearchError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
+from .beside import beside
 from .check import check_model
 from .display import SearchProgress, console, errors, front_table, latency_view, space_view, stairs_view
 from .finetuning.trial import TrialTuning
@@ -43,6 +44,8 @@ from .tracking import Guarded
 
 #: The budget of a search that names none.
 DEFAULT_BUDGET = {"macs": "50%"}
+#: What latency was predicted from, in the run's folder.
+LATENCY_FILE = "latency.json"
 #: Keys of a task that a search makes no use of: other values are no other task.
 TRAINING_KEYS = ("training", "batch_size")
 
@@ -85,6 +88,7 @@ def searched(
         told = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
         console.print(told, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
+        write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
     write_report(run_dir)
     return result
@@ -106,7 +110,7 @@ def tracked_search(
     tracker.start(plain(config), run_dir, dense, objective)
     result = None
     try:
-        with SearchProgress(config.n_trials, objective, dense) as progress:
+        with beside(config.workers, run_dir) as others, SearchProgress(config.n_trials, objective, dense) as progress:
             result = run_search(
                 space.model,
                 task.example_inputs,
@@ -124,11 +128,13 @@ def tracked_search(
                 tuning=tuning_of(config, task),
                 seed=config.seed,
                 run_dir=run_dir,
+                storage=config.storage,
                 space=space,
                 autocast=task.autocast,
                 timing=timing,
                 latency=latency,
                 callbacks=(progress, tracker.trial),
+                before_judging=others.end,
             )
     finally:
         tracker.finish(result)

@@ -218,6 +218,8 @@ class Search:
     n_trials: int = 100
     timeout_s: float | None = None
     patience: int | None = None
+    workers: int = 1
+    storage: str | None = None
     seed: int = 0
     run_dir: str = MISSING
 
@@ -405,6 +407,7 @@ def register() -> None:
         "front": Front,
         "finetune": Finetune,
         "rounds": Rounds,
+        "worker": Search,
         "report": Report,
         "load_check": LoadCheck,
     }

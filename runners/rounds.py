@@ -27,6 +27,10 @@ def command(config: DictConfig) -> None:
         raise ConfigError(f"rounds must be at least 1, not {config.rounds}")
     if config.mode != "budget":
         raise ConfigError("rounds go down to a budget; mode=front has none")
+    if config.workers != 1 or config.storage is not None:
+        raise ConfigError(
+            "rounds run in one process, with a journal each: leave workers and storage to prunefront search"
+        )
     run_dir, budget = output_folder(), chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1))
     task = make_task(config)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import inspect
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,28 @@ from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
-from .budget import LATENCY, LATENCY_COLUMN, check_reachable, parse_budget
+from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget
 from .candidates import Candidates, Score
 from .front import non_dominated
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
+from .liveness import WORKER, this_process
 from .problem import CRITERION, SHARES, Problem, objective_of
 from .racing import Raced
 from .result import PARTLY, Judge, Result, Verification, collect
 from .samplers import make_sampler
 from .scores import SampleScore
-from .study import check_owner, finished, open_study
+from .study import (
+    DESCRIBED,
+    Store,
+    check_described,
+    check_owner,
+    finished,
+    join_study,
+    keep_copy,
+    open_study,
+    release_stale,
+)
 from .timing import Timing
 from .tuning import STOPPED, GivenUp, Tuning, Watch
 from .warm_start import Earlier, read_earlier
@@ -43,6 +57,8 @@ logger = logging.getLogger(__name__)
 #: The search stops when this many first trials fail without one that succeeds.
 MAX_FAILURES = 5
 MODES = ("budget", "front")
+#: Between looks at what other processes still run.
+WAIT_S = 0.5
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
 
@@ -68,6 +84,7 @@ def search(
     tuning: Tuning | None = None,
     seed: int = 0,
     run_dir: str | Path | None = None,
+    storage: str | None = None,
     criterion: str | Sequence[str] = "auto",
     compensation: str = "auto",
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -78,6 +95,7 @@ def search(
     timing: Timing | None = None,
     latency: LatencyModel | None = None,
     callbacks: Sequence[Callback] = (),
+    before_judging: Callable[[], None] | None = None,
 ) -> Result:
     """Find the best pruned models and save them in ``run_dir``.
 
@@ -105,8 +123,11 @@ def search(
     ``timeout_s``, or ``patience`` trials without a better one. ``warm_start``: runs of the same model and space, with
     any budget, whose scored plans this one learns from. ``tuning`` trains every candidate for a moment, and gives up
     those below the median of the others after as many steps. An existing ``run_dir`` of the same model and search is
-    continued until it has ``n_trials`` finished trials. Ctrl-C ends the search with what was found. ``callbacks`` are
-    called with ``(study, trial)`` as in Optuna.
+    continued until it has ``n_trials`` finished trials. ``storage``: a database for the study instead of the run's own
+    journal (``postgresql://...``, ``mysql://...``, or ``grpc://host:port`` of Optuna's proxy). Others join with
+    :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are
+    called with ``(study, trial)`` as in Optuna, ``before_judging`` once all trials are done: models are measured and
+    scored in this process alone.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -114,76 +135,150 @@ def search(
         SearchError: the run directory belongs to another model, or no trial succeeded.
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
-    check_options(mode, guide, n_trials, finalists, patience)
-    inputs = Inputs.of(example_inputs)
+    prepared = _prepared(locals())
+    try:
+        prepared.run.trials(n_trials, timeout_s, patience, callbacks)
+        if before_judging is not None:
+            before_judging()
+        return prepared.collected(test, finalists)
+    except OSError as error:
+        raise _no_room(prepared.store.run_dir, error) from error
+
+
+def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
+    """Run trials of a search that another process has begun, with the arguments of :func:`search`, until it is over.
+
+    Raises:
+        SearchError: the search is of another model, space or budget than these arguments say.
+        StorageError: there is no search to join.
+    """
+    given = {**_defaults(), **options, "model": model, "example_inputs": example_inputs}
+    prepared = _prepared(given, joins=True)
+    try:
+        prepared.run.trials(given["n_trials"], given["timeout_s"], given["patience"], given["callbacks"])
+    except OSError as error:
+        raise _no_room(prepared.store.run_dir, error) from error
+
+
+def _defaults() -> dict[str, Any]:
+    parameters = inspect.signature(search).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _no_room(run_dir: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot write to {run_dir}: {error}. Finished trials are safe; "
+        f"make room and search again with run_dir={run_dir}"
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A search that is ready to run: the same in every process that works on it."""
+
+    run: _Run
+    store: Store
+    inputs: Inputs
+    timing: Timing | None
+    has_budget: bool
+
+    def collected(self, test: Score | None, finalists: int) -> Result:
+        """The front, judged by this process while the others are done."""
+        run, limits = self.run, self.run.problem.limits
+        verification = None
+        if self.timing is not None:
+            verification = Verification(self.timing, limits.values[LATENCY_COLUMN], self.inputs)
+        judge = Judge(run.candidates, run.guided, self.inputs, test, verification)
+        keep_copy(run.study, self.store)
+        objective = run.problem.objective
+        return collect(self.store.run_dir, run.study, judge, objective, self.has_budget, finalists, run.reason)
+
+
+def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
+    """``given``: the arguments of :func:`search`. ``joins``: the search is another process's."""
+    model, mode, budget, timing = given["model"], given["mode"], given["budget"] or {}, given["timing"]
+    check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"])
+    inputs = Inputs.of(given["example_inputs"])
     if timing is not None:
         timing.check(model, inputs)
+    space = _space_of(given)
+    limits, latency = _limits_of(given, space, inputs)
+    if not space.repairs_nothing_by_choice:
+        check_calibration(model, space.calibration)
+    guided = guidance(space, given["score"], given["guide"], given["autocast"])
+    run_dir = Path(given["run_dir"] or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    store = Store(run_dir, given["storage"])
+    problem = Problem(space, limits, objective_of(budget), mode == "front", latency)
+    header = _header(given, problem, guided, store)
+    earlier = read_earlier(given["warm_start"], problem, header)
+    candidates = Candidates(space, given["autocast"], given["tuning"])
+    try:
+        if joins:
+            study = join_study(store)
+            check_described(study.user_attrs.get(DESCRIBED, {}), space, header, str(run_dir))
+        else:
+            described = check_owner(run_dir, space, header)
+            study = open_study(store, [guided.name, problem.objective][: 1 + problem.for_front])
+            check_described(study.user_attrs.get(DESCRIBED, described), space, header, f"the storage {store.kind}")
+            study.set_user_attr(DESCRIBED, described)
+    except OSError as error:
+        raise _no_room(run_dir, error) from error
+    # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
+    fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
+    study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
+    run = _Run(problem, candidates, study, guided, earlier, joins)
+    return _Prepared(run, store, inputs, timing, bool(budget))
+
+
+def _space_of(given: Mapping[str, Any]) -> Space:
+    names = ("criterion", "calibration", "compensation", "loss", "kinds", "round_to")
+    options = {name: given[name] for name in names}
+    space: Space | None = given["space"]
     if space is None:
-        space = discover(
-            model,
-            example_inputs,
-            criterion=criterion,
-            calibration=calibration,
-            compensation=compensation,
-            loss=loss,
-            autocast=autocast,
-            kinds=kinds,
-            round_to=round_to,
-            seed=seed,
+        return discover(
+            given["model"], given["example_inputs"], autocast=given["autocast"], seed=given["seed"], **options
         )
-    elif space.model is not model or _is_given(criterion, calibration, compensation, loss, kinds, round_to):
+    if space.model is not given["model"] or _is_given(**options):
         raise ConfigError(
             "space= brings its own model, criterion, calibration, compensation, loss, kinds and round_to; "
             "give them to discover() only"
         )
-    empty = mode == "front"
-    parse_budget(budget or {}, space.dense_cost, empty)  # a typing error is told before anything is measured
-    if LATENCY in (budget or {}) and latency is None:
+    return space
+
+
+def _limits_of(given: Mapping[str, Any], space: Space, inputs: Inputs) -> tuple[Limits, LatencyModel | None]:
+    """The limits, and the latency model, which is measured where it is needed and not given."""
+    budget, latency, timing = given["budget"] or {}, given["latency"], given["timing"]
+    may_be_empty = given["mode"] == "front"
+    parse_budget(budget, space.dense_cost, may_be_empty)  # a typing error is told before anything is measured
+    if LATENCY in budget and latency is None:
         if timing is None:
             raise ConfigError("a latency budget needs timing=, the target to measure on")
-        latency = timing.model(space, inputs, budget=budget if mode == "budget" else None)
-    dense_ms = None if latency is None else latency.dense_ms
-    limits = parse_budget(budget or {}, space.dense_cost, empty, dense_ms)
+        latency = timing.model(space, inputs, budget=None if may_be_empty else budget)
+    limits = parse_budget(budget, space.dense_cost, may_be_empty, None if latency is None else latency.dense_ms)
     check_reachable(space, limits)
     if latency is not None:
         check_latency(latency, limits.values[LATENCY_COLUMN])
-    if not space.repairs_nothing_by_choice:
-        check_calibration(model, space.calibration)
-    guided = guidance(space, score, guide, autocast)
-    directory = Path(run_dir or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    objective = objective_of(budget)
-    problem = Problem(space, limits, objective, mode == "front", latency)
-    header: dict[str, Any] = {
-        "mode": mode,
-        "objective": objective,
-        "budget": {key: str(value) for key, value in (budget or {}).items()},
+    return limits, latency
+
+
+def _header(given: Mapping[str, Any], problem: Problem, guided: Guidance, store: Store) -> dict[str, Any]:
+    """What must be the same for a search to go on, and for a process to join it."""
+    space, tuning, timing = problem.space, given["tuning"], given["timing"]
+    return {
+        "mode": given["mode"],
+        "objective": problem.objective,
+        "budget": {key: str(value) for key, value in (given["budget"] or {}).items()},
         "criterion": ", ".join(space.criteria),
         "compensation": space.compensation,
         "guide": guided.name,
         "tuning": None if tuning is None else tuning.description,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "target": None if timing is None else dict(timing.target.description),
-        "seed": seed,
-        "weights": weights_digest(model),
+        "storage": store.kind,
+        "seed": given["seed"],
+        "weights": weights_digest(space.model),
     }
-    earlier = read_earlier(warm_start, problem, header)
-    try:
-        check_owner(directory, space, header)
-        study = open_study(directory, [guided.name, objective][: 1 + problem.for_front])
-        # Seeded anew: a continued search must not draw the same numbers again.
-        fresh_seed = seed + len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(sampler, problem, n_trials, fresh_seed, earlier)
-        candidates = Candidates(space, autocast, tuning)
-        run = _Run(problem, candidates, study, guided, earlier)
-        run.trials(n_trials, timeout_s, patience, callbacks)
-        verification = None if timing is None else Verification(timing, limits.values[LATENCY_COLUMN], inputs)
-        judge = Judge(candidates, guided, inputs, test, verification)
-        return collect(directory, study, judge, objective, bool(budget), finalists, run.reason)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {directory}: {error}. Finished trials are safe; "
-            f"make room and search again with run_dir={directory}"
-        ) from error
 
 
 def check_options(mode: str, guide: str, n_trials: int, finalists: int, patience: int | None) -> None:
@@ -198,6 +293,8 @@ def check_options(mode: str, guide: str, n_trials: int, finalists: int, patience
 
 
 class _Run:
+    """Asks, scores and tells until the study has its trials; ``joins``: another process has begun it."""
+
     def __init__(
         self,
         problem: Problem,
@@ -205,10 +302,13 @@ class _Run:
         study: optuna.Study,
         guided: Guidance,
         earlier: Earlier,
+        joins: bool = False,
     ) -> None:
         self.problem, self.candidates, self.timer = problem, candidates, candidates.timer
-        self.study, self.guided, self.earlier = study, guided, earlier
-        self.known = {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(study)}
+        self.study, self.guided, self.earlier, self.joins = study, guided, earlier, joins
+        self.process = this_process()
+        #: Trials that callbacks know.
+        self.told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
         #: Costs and values by sample of what this process has scored on all samples.
         self.samples: list[tuple[float, Raced]] = []
         self.reason = ""
@@ -217,26 +317,50 @@ class _Run:
         self, n_trials: int, timeout_s: float | None, patience: int | None, callbacks: Sequence[Callback]
     ) -> None:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        existing = self.study.get_trials(deepcopy=False)
-        if not existing:
+        if not self.joins and not self.study.get_trials(deepcopy=False):
             self.enqueue_starts()
-        # A trial that ended without an error and without a value was interrupted, and does not count.
-        done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in existing)
         failures = 0
         try:
-            while done < n_trials and time.monotonic() < deadline:
+            while time.monotonic() < deadline and self.has_room(n_trials):
                 trial = self.one()
                 failures = 0 if trial.state == TrialState.COMPLETE else failures + 1
-                done += 1
-                for callback in callbacks:
-                    callback(self.study, trial)
-                if failures >= MAX_FAILURES and not self.known:
+                self.tell(callbacks)
+                if failures >= MAX_FAILURES and not self.known():
                     raise SearchError(f"the first {failures} trials all failed; the last one with {self.reason}")
                 if patience is not None and self.is_stuck(patience):
                     logger.info("no better plan for %d trials: the search ends", patience)
                     break
         except KeyboardInterrupt:
             logger.warning("interrupted; ending with what was found")
+        self.tell(callbacks)
+
+    def tell(self, callbacks: Sequence[Callback]) -> None:
+        """Call ``callbacks`` with all trials that have ended since, those of other processes too."""
+        if not callbacks:
+            return
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in self.told:
+                self.told.add(trial.number)
+                for callback in callbacks:
+                    callback(self.study, trial)
+
+    def has_room(self, n_trials: int) -> bool:
+        """Whether one more trial is wanted. Waits for those that other processes are running, which may yet fail."""
+        while True:
+            release_stale(self.study, self.process)
+            trials = self.study.get_trials(deepcopy=False)
+            # A trial that ended without an error and without a value was interrupted, and does not count.
+            done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
+            running = sum(t.state == TrialState.RUNNING for t in trials)
+            if done >= n_trials or done + running < n_trials:
+                return done < n_trials
+            if self.joins:
+                return False
+            time.sleep(WAIT_S)
+
+    def known(self) -> dict[str, float]:
+        """Values by fingerprint of all plans that any process has scored."""
+        return {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(self.study)}
 
     def enqueue_starts(self) -> None:
         """Equal shares in the middle of their range, then the best proportions of earlier runs."""
@@ -257,6 +381,7 @@ class _Run:
     def one(self) -> optuna.trial.FrozenTrial:
         with self.timer.part("ask"):
             trial = self.study.ask(self.problem.distributions)
+            trial.set_user_attr(WORKER, self.process)
         try:
             values = self.evaluate(trial)
         except Exception as error:
@@ -278,9 +403,9 @@ class _Run:
             trial.set_user_attr("plan", described)
             trial.set_user_attr("costs", costs)
         cost = costs[self.problem.objective]
-        if plan.fingerprint not in self.known:
-            self.known[plan.fingerprint] = self.value(trial, plan, cost)
-        value = self.known[plan.fingerprint]
+        value = self.known().get(plan.fingerprint)
+        if value is None:
+            value = self.value(trial, plan, cost)
         return [value, cost] if self.problem.for_front else [value]
 
     def value(self, trial: optuna.Trial, plan: Plan, cost: float) -> float:

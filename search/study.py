@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from ..spaces import Space
 from ..spaces.errors import SearchError, StorageError
+from .liveness import WORKER, is_stale
 from .saved import read_json, write_json
 
-STUDY_NAME = "prunefront"
+STUDY_NAME, JOURNAL = "prunefront", "study.journal"
+#: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
+DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
 #: Of a score and a cost.
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
 #: A lock of the journal that nobody has renewed for so long belongs to a process that was killed.
 LOCK_GRACE_S = 30
+#: A worker waits so long for the search that it joins, and for a proxy.
+JOIN_WAIT_S, GRPC_WAIT_S, GRPC_PORT = 120.0, 30.0, 13000
 
 
 def storage_of(journal: Path) -> JournalStorage:
@@ -35,34 +42,115 @@ def storage_of(journal: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileSymlinkLock(path, grace_period=LOCK_GRACE_S)))
 
 
+@dataclass(frozen=True)
+class Store:
+    """Where the study of ``run_dir`` is: its journal; or with ``url`` a database (postgresql://..., mysql://...) or a
+    proxy of Optuna's in front of one (grpc://host:port), where studies have the names of their runs."""
+
+    run_dir: Path
+    url: str | None = None
+
+    @property
+    def journal(self) -> Path:
+        return self.run_dir / JOURNAL
+
+    @property
+    def kind(self) -> str:
+        """Without what a URL may hold of secrets."""
+        return "journal" if self.url is None else self.url.partition(":")[0].partition("+")[0]
+
+    @property
+    def study_name(self) -> str:
+        return STUDY_NAME if self.url is None else self.run_dir.resolve().name
+
+    def open(self) -> BaseStorage:
+        """Raises StorageError for what cannot be reached."""
+        if self.url is None:
+            return storage_of(self.journal)
+        try:
+            if self.kind == "grpc":
+                place = urlsplit(self.url)
+                proxy = GrpcStorageProxy(host=place.hostname or "localhost", port=place.port or GRPC_PORT)
+                proxy.wait_server_ready(timeout=GRPC_WAIT_S)
+                return proxy
+            # Workers come back from a restart of the server: a connection is tried before it is used.
+            options = {"pool_pre_ping": True, "pool_size": 2}
+            return RDBStorage(self.url, engine_kwargs=options)
+        except Exception as error:  # drivers have errors of their own
+            raise StorageError(
+                f"the storage {self.kind} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}; is "
+                "the server running, and its driver installed (pip install 'prunefront[postgresql]')?"
+            ) from error
+
+
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials with a score."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def open_study(run_dir: Path, metrics: Sequence[str]) -> optuna.Study:
-    """Create the study of ``run_dir``, or continue it. ``metrics``: of a score, and of a cost along a front.
+def open_study(store: Store, metrics: Sequence[str]) -> optuna.Study:
+    """Create the study of a run, or continue it. ``metrics``: of a score, and of a cost along a front.
 
     Trials that a dead process left running are marked failed, and their proposals wait to be tried again.
 
     Raises:
-        StorageError: the journal cannot be read.
+        StorageError: the storage cannot be read.
     """
-    journal = run_dir / "study.journal"
-    cut_torn_tail(journal)
+    if store.url is None:
+        cut_torn_tail(store.journal)
     study = optuna.create_study(
-        storage=storage_of(journal),
-        study_name=STUDY_NAME,
+        storage=store.open(),
+        study_name=store.study_name,
         directions=DIRECTIONS[: len(metrics)],
         load_if_exists=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(metrics))
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
+    release_stale(study)
     return study
+
+
+def join_study(store: Store, wait_s: float = JOIN_WAIT_S) -> optuna.Study:
+    """The study of a search that another process has begun, or begins within ``wait_s``.
+
+    Raises:
+        StorageError: there is none.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            if store.url is not None or store.journal.exists():
+                return optuna.load_study(study_name=store.study_name, storage=store.open())
+        except KeyError:
+            pass
+        if time.monotonic() > deadline:
+            raise StorageError(f"there is no search to join: {store.run_dir} has no study in its {store.kind}")
+        time.sleep(0.2)
+
+
+def release_stale(study: optuna.Study, idle: Mapping[str, Any] | None = None) -> None:
+    """Trials whose process is gone, or is ``idle``, fail, and what they tried is tried again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_stale(trial) or (idle is not None and trial.user_attrs.get(WORKER) == idle):
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                continue  # another process was faster, and has seen to it
+            study.enqueue_trial(trial.params)
+
+
+def keep_copy(study: optuna.Study, store: Store) -> None:
+    """The study of a database as the run's own journal, which reports read without the database."""
+    if store.url is None:
+        return
+    fresh = store.journal.with_suffix(".copy")
+    fresh.unlink(missing_ok=True)
+    target = storage_of(fresh)
+    optuna.copy_study(
+        from_study_name=store.study_name, from_storage=store.open(), to_storage=target, to_study_name=STUDY_NAME
+    )
+    fresh.replace(store.journal)
 
 
 def read_study(run_dir: Path) -> optuna.Study:
@@ -71,14 +159,14 @@ def read_study(run_dir: Path) -> optuna.Study:
     Raises:
         StorageError: there is none.
     """
-    journal = run_dir / "study.journal"
+    journal = run_dir / JOURNAL
     if not journal.exists():
-        raise StorageError(f"{run_dir} is no run: it has no study.journal")
+        raise StorageError(f"{run_dir} is no run: it has no {JOURNAL}")
     return optuna.load_study(study_name=STUDY_NAME, storage=storage_of(journal))
 
 
-def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:
-    """Write down whose run this is, or compare.
+def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> dict[str, Any]:
+    """Write down whose run this is, or compare, and return what is written.
 
     Raises:
         SearchError: the directory belongs to another model or search.
@@ -95,16 +183,23 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> None:
     }
     if not path.exists():
         write_json(path, described)
-        return
+        return described
     found = read_json(path)
     if "fingerprint" not in found or not isinstance(found.get("search"), dict):
         raise StorageError(f"{path} is damaged: it does not describe a search; choose another run_dir")
-    differing = [key for key, value in header.items() if found["search"].get(key) != value]
-    if "weights" in differing or (not differing and found["fingerprint"] != space.fingerprint):
-        raise SearchError(f"the run directory {run_dir} belongs to another model; choose another run_dir")
+    check_described(found, space, header, f"the run directory {run_dir}")
+    return found
+
+
+def check_described(found: dict[str, Any], space: Space, header: dict[str, Any], where: str) -> None:
+    """Raises SearchError unless ``found``, what stands in ``where``, describes this search."""
+    search = found.get("search", {})
+    differing = [key for key, value in header.items() if search.get(key, _UNSAID.get(key)) != value]
+    if "weights" in differing or (not differing and found.get("fingerprint") != space.fingerprint):
+        raise SearchError(f"{where} belongs to another model; choose another run_dir")
     if differing:
-        changes = ", ".join(f"{key} {found['search'].get(key)!r}, not {header[key]!r}" for key in differing)
-        raise SearchError(f"the run in {run_dir} has {changes}; choose another run_dir, or continue with the same")
+        changes = ", ".join(f"{key} {search.get(key)!r}, not {header[key]!r}" for key in differing)
+        raise SearchError(f"the search in {where} has {changes}; choose another run_dir, or continue with the same")
 
 
 def cut_torn_tail(journal: Path) -> None:

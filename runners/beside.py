@@ -1,0 +1,101 @@
+"""Processes that a search starts beside itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from ..spaces.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that processes have to see that a search is over, and to end after they were interrupted.
+GRACE_S, END_S = 3, 60
+
+
+class Others:
+    """The processes beside this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def end(self) -> None:
+        """Wait until they are gone; those that are still preparing, or in the middle of a trial, are interrupted."""
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for number, process in enumerate(self.processes, 1):
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.returncode not in (0, 130, -signal.SIGINT, -signal.SIGKILL):
+                log = self.folder / f"{number}.log"
+                last = log.read_text(errors="replace").strip().splitlines()
+                logger.warning("worker %d failed; %s ends with: %s", number, log, last[-1] if last else "nothing")
+        self.processes.clear()
+
+
+@contextlib.contextmanager
+def beside(workers: int, run_dir: Path) -> Iterator[Others]:
+    """``workers`` processes on the search in ``run_dir``, this one included, until it is left.
+
+    They share the processors, and are given the options of this command line: no file of the run decides what they do.
+    One that fails is told of, and the search goes on without it. Models are verified when they have ended.
+
+    Raises:
+        ConfigError: not a number of processes.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, not {workers}")
+    others = Others(run_dir / "workers")
+    if workers == 1:
+        yield others
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    command = [sys.executable, "-m", "prunefront", "worker", *_overrides(run_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    others.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as files, _threads(threads):
+        for number in range(1, workers):
+            log = files.enter_context((others.folder / f"{number}.log").open("wb"))
+            # A session of their own: Ctrl-C reaches them through this process, once.
+            started = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            others.processes.append(started)
+        try:
+            yield others
+        finally:
+            others.end()
+
+
+def _overrides(run_dir: Path) -> list[str]:
+    given = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in ("run_dir", "workers")]
+    return [*given, f"run_dir={json.dumps(str(run_dir))}"]
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,60 @@
+"""``prunefront worker``: one more process on a search that another has begun, on this machine or another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ..search.engine import work
+from ..search.latency import LatencyModel, Measurements
+from ..search.saved import METRICS, read_json
+from ..spaces import Space
+from ..spaces.errors import StorageError
+from .commands import LATENCY_FILE, chosen_budget, make_task, plain, prepare, sampler_of, timing_of, tuning_of
+from .display import console, errors
+
+
+def command(config: DictConfig) -> None:
+    """Join a search that another process has begun, from this machine or another, until it is over."""
+    run_dir = Path(config.run_dir)
+    task = make_task(config)
+    if task.trains and not (run_dir / "dense" / METRICS).exists():
+        raise StorageError(
+            f"{run_dir / 'dense'} is missing: the task trains its model, so copy that folder of the search"
+        )
+    with errors.status("preparing the dense model"):
+        space, _ = prepare(task, config, run_dir, config.start)
+    budget = chosen_budget(config)
+    work(
+        space.model,
+        task.example_inputs,
+        score=task.score,
+        budget=budget,
+        mode=config.mode,
+        n_trials=config.n_trials,
+        timeout_s=config.timeout_s,
+        patience=config.patience,
+        guide=config.guide,
+        finalists=config.finalists,
+        sampler=sampler_of(config),
+        warm_start=plain(config.warm_start),
+        tuning=tuning_of(config, task),
+        seed=config.seed,
+        run_dir=run_dir,
+        storage=config.storage,
+        space=space,
+        autocast=task.autocast,
+        timing=timing_of(config),
+        latency=known_latency(space, run_dir) if "latency" in budget else None,
+    )
+    console.print(f"done with {run_dir}", highlight=False)
+
+
+def known_latency(space: Space, run_dir: Path) -> LatencyModel:
+    """Raises StorageError where the search has not written it."""
+    held = read_json(run_dir / LATENCY_FILE)
+    try:
+        return LatencyModel(space, Measurements.from_json(held, len(space.dimensions)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{run_dir / LATENCY_FILE} is damaged: {error}") from error
