@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = [argument for argument in rest if argument != "--debug"]
     try:
         config_name = name.replace("-", "_")
+        if name == "experiment" and rest and rest[0] in ("-h", "--help"):
+            print(experiments_help())
+            return 0
         if name == "experiment":
             config_name, rest = experiment_config(rest)
         if {"-h", "--help"} & set(rest):
@@ -229,6 +232,15 @@ def usage() -> str:
         "",
         "prunefront COMMAND --help shows a command's options; --debug shows tracebacks.",
     ]
+    return "\n".join(lines)
+
+
+def experiments_help() -> str:
+    """The experiments, each with what it is."""
+    lines = [(experiment.__doc__ or "").splitlines()[0], "", "usage: prunefront experiment NAME [OPTION=VALUE ...]", ""]
+    for name in EXPERIMENTS:
+        text = (resources.files("prunefront.conf") / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        lines.append(f"  {name:11} {text.splitlines()[1].lstrip('# ')}")
     return "\n".join(lines)
 
 
