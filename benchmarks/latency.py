@@ -39,7 +39,8 @@ from prunefront.runners.tasks.cifar_resnet import CifarResNet, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
 from prunefront.search.fitting import TOGETHER, spread_plans
 from prunefront.search.latency import LatencyModel, Measured, Measurements
-from prunefront.search.measurement import Settings
+from prunefront.search.measurement import Measurement, Settings
+from prunefront.search.pace import Pace, steady
 from prunefront.search.timing import Timing
 from prunefront.spaces.inputs import Inputs
 
@@ -72,6 +73,10 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
     inputs = Inputs.of(example)
     settings = Settings(limit_s=options.measurement_s)
     found: dict[str, Row] = {}
+    pace = Pace()  # as a search has one
+
+    def both() -> list[Measurement]:
+        return list(prunefront.measure([dense, pruned], example, target, settings=settings))
 
     def note(method: str, function: Callable[[], float]) -> None:
         start = time.perf_counter()
@@ -82,7 +87,7 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
     with torch_threads(target.threads), torch.inference_mode(), exported([dense, pruned], inputs, traced=True) as paths:
         first, second = _forwards(target, [dense, pruned], inputs, paths)
         for _ in range(options.repeats):
-            note("prunefront", lambda: prunefront.measure(pruned, example, target, dense, settings).ratio)
+            note("prunefront", lambda: pace.kept(dense, both)[1].ratio)
             note("torch.utils.benchmark", lambda: _median(second, options) / _median(first, options))
             note(f"mean of {NAIVE_RUNS}", lambda: _mean(second) / _mean(first))
     return {"model": name, "target": dict(target.description), "methods": found}
@@ -133,18 +138,27 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
     unseen = spread_plans(space, options.held_out + 1, seed=1)[1:]  # the first is the smallest plan, which is seen
     settings = Settings(limit_s=options.measurement_s)
     longer = replace(settings, tolerance=settings.tolerance / 2, limit_s=2 * settings.limit_s)
+    timing = Timing(target, settings=settings)
     start = time.perf_counter()
     todo = [(seen, settings, i) for i in range(0, len(seen), TOGETHER)]
     todo += [(unseen, longer, i) for i in range(0, len(unseen), TOGETHER)]
-    ratios, times = {id(seen): np.full(len(seen), np.nan), id(unseen): np.full(len(unseen), np.nan)}, []
+    ratios, times = {id(rows): np.full(len(rows), np.nan) for rows in (seen, unseen)}, []
+    dense_times = {rows: values.copy() for rows, values in ratios.items()}
     for number in np.random.default_rng(0).permutation(len(todo)):  # what changes with time changes both alike
         widths, how, first = todo[number]
         plans = [space.plan(dict(zip(space.dimensions, row, strict=True))) for row in widths[first : first + TOGETHER]]
-        outcomes, dense_ms = Timing(target, settings=how).measured(space, Inputs.of(example), plans)
+        outcomes, dense_ms = replace(timing, settings=how).measured(space, Inputs.of(example), plans)
         ratios[id(widths)][first : first + TOGETHER] = [np.nan if isinstance(o, str) else o for o in outcomes]
+        dense_times[id(widths)][first : first + TOGETHER] = dense_ms or np.nan
         times += [] if dense_ms is None else [dense_ms]
-        print(f"{name} {target.description['target']}: {len(times)} of {len(todo)}", flush=True)
+        print(
+            f"{name} {target.description['target']}: {len(times)} of {len(todo)}, dense {dense_ms:.4g} ms", flush=True
+        )
+    is_usual = dict(zip(times, steady(times), strict=True))
+    for rows, beside in dense_times.items():
+        ratios[rows][[not is_usual.get(ms, False) for ms in beside]] = np.nan
     known, truth = ratios[id(seen)], ratios[id(unseen)]
+    left_out = int(np.isnan(known).sum() + np.isnan(truth).sum())
     unseen, truth = unseen[np.isfinite(truth)], truth[np.isfinite(truth)]
     return {
         "model": name,
@@ -153,13 +167,19 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
         "dense_ms": float(np.median(times)),
         "dense_ms_spread": [min(times), max(times)],
         "seconds": time.perf_counter() - start,
-        "held_out": [[row, float(ratio)] for row, ratio in zip(unseen.tolist(), truth, strict=True)],
+        "left_out": left_out,
+        "seen": _pairs(seen, known),
+        "held_out": _pairs(unseen, truth),
         "counts": [
             _fitted(space, seen[:count], known[:count], unseen, truth, times)
             for count in COUNTS
             if count <= options.plans
         ],
     }
+
+
+def _pairs(widths: NDArray[np.int64], ratios: NDArray[np.float64]) -> list[Any]:
+    return [[row, float(ratio)] for row, ratio in zip(widths.tolist(), ratios, strict=True) if np.isfinite(ratio)]
 
 
 def _fitted(
@@ -172,9 +192,10 @@ def _fitted(
 ) -> Row:
     good = np.isfinite(ratios)
     widths, ratios = widths[good], ratios[good]
-    measured = tuple(Measured(tuple(row), float(r)) for row, r in zip(widths.tolist(), ratios, strict=True))
+    dense_ms = float(np.median(times))
+    measured = tuple(Measured(tuple(row), float(r), dense_ms) for row, r in zip(widths.tolist(), ratios, strict=True))
     start = time.perf_counter()
-    found = LatencyModel(space, Measurements(measured, (), tuple(times)))
+    found = LatencyModel(space, Measurements(measured))
     fit_s = time.perf_counter() - start
 
     def macs(rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ from prunefront.search.budget import Limits
 from prunefront.search.problem import Problem
 from prunefront.search.samplers import make_sampler
 from prunefront.search.warm_start import Earlier
+from prunefront.spaces import Cost
 
 NOISE = 0.02
 SHOWN = (10, 30, 60, 100, 200)
@@ -47,6 +48,13 @@ class SyntheticSpace:
         self._pairs = rng.integers(0, groups, (2, 2 * groups))
         strengths = np.sqrt(self._sensitivity[self._pairs]).prod(0)
         self._interaction = 0.5 * rng.normal(0, 1, 2 * groups) * strengths
+
+    @property
+    def dense_cost(self) -> Cost:
+        return Cost(*self.cost_batch(self.sizes[None])[0])
+
+    def lost_outputs(self, criterion: str) -> list[None]:
+        return [None] * len(self.sizes)
 
     def cost_batch(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
         shares = widths / self.sizes

@@ -1,7 +1,7 @@
 """One-shot test accuracy of the pick after the same seconds: our search, its samplers, and what others do.
 
-Run: python -m benchmarks.search [--depths 20,56] [--budgets 0.5] [--contenders ...] [--seconds 300] [--seeds 1]
-     [--front] [--out search.json]     (PRUNEFRONT_DATA names the folder of task=cifar_resnet)
+Run: python -m benchmarks.search [--depths 20,56] [--budgets 0.5] [--contenders ...] [--seconds 300] [--seeds 0,1]
+     [--out search.json]     (PRUNEFRONT_DATA names the folder of task=cifar_resnet)
 
 Searching is done on the even test images, reporting on the odd ones; no training. The clock of a contender starts
 before it looks at the model. Its pick after so many seconds is the best one that it could have repaired by then.
@@ -10,8 +10,7 @@ before it looks at the model. Its pick after so many seconds is the best one tha
 with our order and repair; ``uniform l1``: by l1 norm, BatchNorm recalibrated; ``global l1``: units of all layers in one
 order of their normalised l1 norms. ``eagleeye``: random widths within the budget, BatchNorm recalibrated, the best
 accuracy (Li et al. 2020). ``torch-pruning``: Optuna's TPE suggests a ratio a layer, Torch-Pruning prunes a copy by l1,
-BatchNorm is recalibrated, and the excess over the budget is taken off the accuracy. ``--front``: one search of the
-whole front beside searches for single budgets of a third of its time each.
+BatchNorm is recalibrated, and the excess over the budget is taken off the accuracy.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ CONTENDERS = (
 )
 CUTS = (60, 120, 300)
 PARTS = ("ask", "project", "build", "recalibrate", "score", "tell")
-FRONT_BUDGETS = (0.7, 0.5, 0.35)
 Row = dict[str, Any]
 
 
@@ -196,33 +194,6 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
     return row
 
 
-def front(task: Task, model: nn.Module, seconds: float, seed: int) -> Row:
-    """The best test accuracy within each budget of one front, beside a search of its own in a third of the time."""
-    space = discovered(task, model)
-    rows: Row = {"trials": 0}
-    with tempfile.TemporaryDirectory() as run_dir:
-        result = prunefront.search(
-            model,
-            task.example_inputs,
-            score=task.score,
-            budget={"macs": "75%"},
-            mode="front",
-            n_trials=10**6,
-            timeout_s=seconds,
-            seed=seed,
-            run_dir=run_dir,
-            space=space,
-            autocast=task.autocast,
-        )
-        rows["trials"], rows["members"] = len(result.study.trials), len(result.front)
-        for budget in FRONT_BUDGETS:
-            held = [e for e in result.front if e.metrics["macs"] <= budget * space.dense_cost.macs]
-            accuracy = test_accuracy(task, held[-1].model()) if held else None
-            own = searched(task, model, budget, "ours", seconds / 3, seed, (int(seconds / 3),))
-            rows[str(budget)] = {"front": accuracy, "single": own[str(int(seconds / 3))]["accuracy"]}
-    return rows
-
-
 def _share(space: prunefront.Space, plan: prunefront.Plan) -> float:
     return space.cost(plan).macs / space.dense_cost.macs
 
@@ -255,33 +226,28 @@ def main() -> None:
     parser.add_argument("--budgets", default="0.5")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--front", action="store_true")
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
     parser.add_argument("--out", type=Path, help="JSON; rows that are not run again stay as they are")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    results: dict[str, Any] = {"rows": {}, "front": {}}
+    results: dict[str, Any] = {"rows": {}}
     if options.out and options.out.exists():
         results = json.loads(options.out.read_text(encoding="utf-8"))
     results["machine"] = machine()
-    jobs: list[tuple[str, str, Callable[[], Row]]] = []
+    jobs: list[tuple[str, Callable[[], Row]]] = []
     for depth in map(int, options.depths.split(",")):
         task = cifar_resnet(depth)
         model = task.make_model()
         results.setdefault("dense", {})[str(depth)] = test_accuracy(task, model)
-        for seed in range(options.seeds):
-            if options.front:
-                key = f"ResNet-{depth}|{options.seconds:.0f} s|{seed}"
-                jobs.append(("front", key, lambda t=task, m=model, s=seed: front(t, m, options.seconds, s)))
-                continue
+        for seed in map(int, options.seeds.split(",")):
             for budget in map(float, options.budgets.split(",")):
                 for name in options.contenders.split(","):
                     key = f"ResNet-{depth}, {budget:.0%}|{name}|{seed}"
                     arguments = (task, model, budget, name, options.seconds, seed)
-                    jobs.append(("rows", key, lambda a=arguments: measure(*a)))
-    for kind, key, job in jobs:
-        results[kind][key] = job()
-        print(key, json.dumps(results[kind][key]), flush=True)
+                    jobs.append((key, lambda a=arguments: measure(*a)))
+    for key, job in jobs:
+        results["rows"][key] = job()
+        print(key, json.dumps(results["rows"][key]), flush=True)
         if options.out:
             options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(table(results))

@@ -21,6 +21,7 @@ from .display import errors
 from .experiments import EXPERIMENTS
 from .experiments import command as experiment
 from .finetuning.command import command as finetune
+from .rounds import command as rounds
 
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "space": (commands.space, "prunefront space task=digits"),
@@ -28,7 +29,8 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
-    "experiment": (experiment, "prunefront experiment shearing"),
+    "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
+    "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }

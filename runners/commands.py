@@ -36,6 +36,7 @@ from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .check import check_model
 from .display import SearchProgress, console, errors, front_table, latency_view, space_view, stairs_view
+from .finetuning.trial import TrialTuning
 from .report import read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
@@ -48,15 +49,32 @@ TRAINING_KEYS = ("training", "batch_size")
 
 def search(config: DictConfig) -> float:
     """Search within a budget or along the front, and save the models that were found."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    run_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    optuna.logging.disable_default_handler()  # its messages go to the run's log file
-    optuna.logging.enable_propagation()
+    run_dir = output_folder()
     budget = chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)  # a typing error is told before a model is trained
     task = make_task(config)
+    result = searched(config, budget, task, run_dir, config.start)
+    show_result(result, task, read_run(run_dir)["dense"])
+    return result.best.metrics["score"]
+
+
+def output_folder() -> Path:
+    """Of the run, as the user would write it; Optuna's messages go to its log file."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
+    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+
+
+def searched(
+    config: DictConfig, budget: dict[str, str], task: Task, run_dir: Path, start: str | Path | None = None
+) -> Result:
+    """Search in ``run_dir``, with latency measured where the budget or the target asks for it, and write the report.
+
+    ``start``: a saved model that takes the place of the task's.
+    """
     with console.status("preparing the dense model"):
-        space, dense = prepare(task, config, run_dir)
+        space, dense = prepare(task, config, run_dir, start)
     timing, latency = timing_of(config), None
     if "latency" in budget:
         if timing is None:
@@ -69,8 +87,7 @@ def search(config: DictConfig) -> float:
         dense = {**dense, "latency_ms": latency.dense_ms}
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
     write_report(run_dir)
-    show_result(result, task, read_run(run_dir)["dense"])
-    return result.best.metrics["score"]
+    return result
 
 
 def tracked_search(
@@ -104,6 +121,7 @@ def tracked_search(
                 finalists=config.finalists,
                 sampler=sampler_of(config),
                 warm_start=plain(config.warm_start),
+                tuning=tuning_of(config, task),
                 seed=config.seed,
                 run_dir=run_dir,
                 space=space,
@@ -137,6 +155,13 @@ def sampler_of(config: DictConfig) -> Any:
     return sampler
 
 
+def tuning_of(config: DictConfig, task: Task) -> TrialTuning | None:
+    """A moment of training for every candidate, or None. Raises ConfigError where the task cannot be trained on."""
+    if not config.finetune_steps:
+        return None
+    return TrialTuning(task, config.finetune_steps, config.finetune_lr, config.seed)
+
+
 def timing_of(config: DictConfig) -> Timing | None:
     """What measures latency, or None. Raises TargetError for what the target cannot do."""
     if "_target_" not in config.target:
@@ -165,18 +190,27 @@ def make_task(config: DictConfig) -> Task:
     return task
 
 
-def prepare(task: Task, config: DictConfig, run_dir: Path) -> tuple[Space, dict[str, float]]:
+def prepare(
+    task: Task, config: DictConfig, run_dir: Path, start: str | Path | None = None
+) -> tuple[Space, dict[str, float]]:
     """The space of the dense model, and the model's metrics; the run keeps both model and metrics in ``dense``.
+
+    ``start``: a saved model that is the dense one instead of the task's.
 
     Raises:
         SearchError: the run directory belongs to another task.
     """
-    searched = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
-    folder, described = run_dir / "dense", json.dumps(searched, sort_keys=True)
+    described_task = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
+    if start is not None:
+        described_task["start"] = str(start)
+    folder, described = run_dir / "dense", json.dumps(described_task, sort_keys=True)
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
-    model = load(folder) if kept is not None and task.trains else task.make_model()
+    if kept is not None and (task.trains or start is not None):
+        model = load(folder)
+    else:
+        model = task.make_model() if start is None else load(Path(start))
     space = discover_for(task, model, config)
     if kept is None:
         metrics = dense_metrics(task, model, space.dense_cost)

@@ -208,15 +208,28 @@ class Search:
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
     space: Any = MISSING
+    start: str | None = None
     guide: str = "auto"
     finalists: int = 5
     sampler: Any = "auto"
     warm_start: list[str] = field(default_factory=list)
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
     n_trials: int = 100
     timeout_s: float | None = None
     patience: int | None = None
     seed: int = 0
     run_dir: str = MISSING
+
+
+@dataclass
+class Rounds(Search):
+    """``prunefront rounds``."""
+
+    rounds: int = 3
+    finetune: Any = MISSING
+    device: str = "cpu"
+    restart: bool = False
 
 
 @dataclass
@@ -279,6 +292,8 @@ class Recipe:
     patience: int | None = None
     checkpoint_min: float = 10.0
     seed: int = 0
+    sparsity: float = 0.0
+    sparsity_kind: str = "groups"
     distill: Distill = field(default_factory=Distill)
     domains: Domains = field(default_factory=Domains)
 
@@ -346,6 +361,40 @@ class LoadCheck:
     modules: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Li2016:
+    """``prunefront experiment li2016``."""
+
+    depth: int = 56
+    data: str | None = None
+    macs: float = 0.724
+    images: int = 1000
+    compensation: str = "none"
+    epochs: float = 5.0
+    lr: float = 0.02
+    batch_size: int = 128
+    seed: int = 0
+    run_dir: str = MISSING
+
+
+@dataclass
+class Michel2019:
+    """``prunefront experiment michel2019``."""
+
+    text: str = MISSING
+    words: int = 40
+    layers: int = 4
+    heads: int = 8
+    hidden: int = 128
+    epochs: float = 12.0
+    lr: float = 1e-3
+    step: float = 0.1
+    latency_on: str = "onnxruntime"
+    measurement_s: float = 5.0
+    seed: int = 0
+    run_dir: str = MISSING
+
+
 def register() -> None:
     """Make the schemas known to Hydra; ``conf/`` extends them."""
     store = ConfigStore.instance()
@@ -355,6 +404,7 @@ def register() -> None:
         "measure": Measure,
         "front": Front,
         "finetune": Finetune,
+        "rounds": Rounds,
         "report": Report,
         "load_check": LoadCheck,
     }
@@ -363,7 +413,7 @@ def register() -> None:
     groups |= {"space/options": Space, "finetune/recipe": Recipe}
     groups |= {"target/torch": TorchTarget, "target/onnx": OnnxTarget, "target/none": NoTarget}
     groups |= {"target/ssh": SshTarget, "target/command": CommandTarget}
-    groups |= {"experiment/shearing": Shearing}
+    groups |= {"experiment/shearing": Shearing, "experiment/li2016": Li2016, "experiment/michel2019": Michel2019}
     groups |= {"tracker/wandb": Wandb, "tracker/none": NoTracker}
     for name, node in (commands | groups).items():
         store.store(group=f"schema/{name}".rpartition("/")[0], name=name.rpartition("/")[2], node=node)

@@ -12,8 +12,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 from scipy.optimize import Bounds, LinearConstraint, milp
+from sklearn.isotonic import IsotonicRegression
 
-from .problem import SHARES, Problem
+from .problem import COST_SHARE, SHARES, Problem
+from .projection import Projector
 from .sampler import Scored
 
 Array = NDArray[np.float64]
@@ -51,16 +53,34 @@ def choose(gains: Sequence[Array], costs: Sequence[Array], limits: Array) -> lis
     return [int(np.argmax(found.x[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
 
 
+def rising(x: Array, y: Array, at: Array) -> Array:
+    """The values ``y`` at ``x``, repaired so that none falls as ``x`` grows, between these and beyond them ``at``.
+
+    The repair is the nearest rising sequence in the squares (isotonic regression; Barlow et al. 1972). Beyond its ends
+    the values go on as between the last two.
+    """
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], IsotonicRegression().fit_transform(x[order], y[order])
+    found = np.interp(at, x, y)
+    if len(x) > 1 and x[0] < x[-1]:
+        for inner, end, outside in ((1, 0, at < x[0]), (-2, -1, at > x[-1])):
+            slope = (y[end] - y[inner]) / (x[end] - x[inner]) if x[end] != x[inner] else 0.0
+            found = np.where(outside, y[end] + slope * (at - x[end]), found)
+    return np.asarray(found)
+
+
 class AllocationSampler(BaseSampler):
     """Sensitivities and a knapsack: the baseline that interactions between groups defeat (docs/search.md).
 
     Around the uniform plan, every share is multiplied by each of :data:`LEVELS`, and all plans are projected onto the
-    budget: each is a candidate of its own. Gains are taken as additive and interpolated between these widths, and the
-    best combination is tried next; then the same starts again around the best plan so far.
+    budget: each is a candidate of its own. Gains are taken as additive, never falling with a width, and interpolated
+    between these widths, and the best combination is tried next; then the same starts again around the best plan so
+    far. Along a front, the sensitivities are those around one plan in its middle, and are followed by the best
+    combination for one budget after another.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem = problem
+        self.problem, self.seed = problem, seed
         pairs = [(dimension, level) for dimension in range(len(problem.space.dimensions)) for level in LEVELS]
         order = np.random.default_rng(seed).permutation(len(pairs))
         self._probes = [pairs[index] for index in order]
@@ -74,58 +94,73 @@ class AllocationSampler(BaseSampler):
         return self.problem.distributions
 
     def sample_independent(self, study: Any, trial: FrozenTrial, name: str, distribution: Any) -> Any:
+        if name == COST_SHARE:
+            return self._middle
         return distribution.choices[0] if hasattr(distribution, "choices") else np.sqrt(distribution.low)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         done = [t for t in study.get_trials(deepcopy=False) if t.values is not None and "plan" in t.user_attrs]
-        number, space = trial.number, self.problem.space
-        first = (number - 1) // self._round * self._round
+        cost_share = self._cost_share(trial.number) if self.problem.for_front else None
+        shares = self._shares(trial.number, done, cost_share)
+        shares = np.clip(shares / shares.max(), *SHARES)
+        parameters: dict[str, Any] = dict(zip(self.problem.space.dimensions, shares.tolist(), strict=True))
+        return parameters if cost_share is None else {**parameters, COST_SHARE: cost_share}
+
+    @property
+    def _middle(self) -> float:
+        """Of the front, as a share of the dense cost."""
+        return float(np.sqrt(np.prod(self.problem.cost_shares)))
+
+    def _cost_share(self, number: int) -> float:
+        return self._middle if number < self._round else self.problem.spread_cost_share(self.seed + number)
+
+    def _shares(self, number: int, done: Sequence[FrozenTrial], cost_share: float | None) -> Array:
+        first = 0 if cost_share is not None else (number - 1) // self._round * self._round
         before = [t for t in done if t.number <= first]
         if not before:
-            shares = np.ones(len(space.dimensions))
-        else:
-            centre = max(before, key=lambda t: t.values[0])
-            shares = Scored.of(self.problem, [centre]).widths[0] / space.sizes
-            place = (number - 1) % self._round
-            if place < len(self._probes):
-                dimension, level = self._probes[place]
-                shares[dimension] *= level
-            else:
-                probes = [t for t in done if t.number == centre.number or first < t.number < number]
-                shares = self._allocated(shares, probes)
-        shares = np.clip(shares / shares.max(), *SHARES)
-        return dict(zip(space.dimensions, shares.tolist(), strict=True))
+            return np.ones(len(self.problem.space.dimensions))
+        centre = max(before, key=lambda t: t.values[0])
+        shares = Scored.of(self.problem, [centre]).widths[0] / self.problem.space.sizes
+        place = number - 1 - first
+        if place < len(self._probes):
+            dimension, level = self._probes[place]
+            shares[dimension] *= level
+            return np.asarray(shares)
+        probes = [t for t in done if t.number == centre.number or first < t.number < first + self._round]
+        return self._allocated(shares, probes, cost_share)
 
-    def _allocated(self, centre: Array, probes: Sequence[FrozenTrial]) -> Array:
+    def _allocated(self, centre: Array, probes: Sequence[FrozenTrial], cost_share: float | None) -> Array:
         """Shares of the best combination of what ``probes`` gained, each of which changed one share of ``centre``."""
         space, scored = self.problem.space, Scored.of(self.problem, probes)
         changes = np.log(scored.widths / space.sizes / centre)
         level = np.median(changes, axis=1, keepdims=True)  # all others were scaled alike by the projection
         moved = np.abs(changes - level).argmax(axis=1)
         base = scored.values[np.abs(changes).max(axis=1).argmin()]
+        wider = 0.0 if cost_share is None else np.log(max(cost_share / self._middle, self._middle / cost_share))
         choices, gains = [], []
         for dimension in range(len(space.dimensions)):
             own = moved == dimension
             x = np.concatenate([[0.0], (changes - level)[own, dimension]])
             y = np.concatenate([[0.0], scored.values[own] - base])
-            order = np.argsort(x)
-            widths = self._choices(dimension, centre, x)
+            widths = self._choices(dimension, centre, x, wider)
             choices.append(widths)
-            gains.append(np.interp(np.log(widths / space.sizes[dimension] / centre[dimension]), x[order], y[order]))
-        return self._best(choices, gains, centre)
+            gains.append(rising(x, y, np.log(widths / space.sizes[dimension] / centre[dimension])))
+        return self._best(choices, gains, centre, self.problem.projector(cost_share))
 
-    def _choices(self, dimension: int, centre: Array, reached: Array) -> NDArray[np.int64]:
-        """Widths of one dimension within what its probes ``reached`` (logarithms)."""
+    def _choices(self, dimension: int, centre: Array, reached: Array, wider: float) -> NDArray[np.int64]:
+        """Widths of one dimension within what its probes ``reached`` (logarithms), and ``wider`` on either side."""
         space = self.problem.space
-        shares = centre[dimension] * np.exp(np.linspace(reached.min(), reached.max(), CHOICES))
+        shares = centre[dimension] * np.exp(np.linspace(reached.min() - wider, reached.max() + wider, CHOICES))
         rows = np.tile(centre, (CHOICES, 1))
         rows[:, dimension] = np.minimum(shares, 1)
         return np.unique(space.round_widths(rows * space.sizes)[:, dimension])
 
-    def _best(self, choices: Sequence[NDArray[np.int64]], gains: Sequence[Array], centre: Array) -> Array:
-        space, projector = self.problem.space, self.problem.projector()
+    def _best(
+        self, choices: Sequence[NDArray[np.int64]], gains: Sequence[Array], centre: Array, projector: Projector
+    ) -> Array:
+        space = self.problem.space
         limited = np.isfinite(projector.limits.values)
         limits = np.array(projector.limits.values)[limited]
         widths = space.round_widths(centre * space.sizes)

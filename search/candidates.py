@@ -18,6 +18,7 @@ from ..spaces import Plan, Space
 from ..spaces.calibration import precision
 from .racing import Raced, race
 from .scores import SampleScore
+from .tuning import Report, Tuning, unwatched
 
 Score = Callable[[nn.Module], float]
 
@@ -38,18 +39,22 @@ class Timer:
 
 
 class Candidates:
-    """Builds, repairs and scores the candidates of one space."""
+    """Builds, repairs, perhaps trains, and scores the candidates of one space."""
 
-    def __init__(self, space: Space, autocast: torch.dtype | None) -> None:
-        self.space, self.autocast = space, autocast
+    def __init__(self, space: Space, autocast: torch.dtype | None, tuning: Tuning | None = None) -> None:
+        self.space, self.autocast, self.tuning = space, autocast, tuning
         self.timer = Timer()
 
-    def prepare(self, plan: Plan, effort: str) -> nn.Module:
-        """The candidate in evaluation mode, repaired."""
+    def prepare(self, plan: Plan, effort: str, report: Report = unwatched) -> nn.Module:
+        """The candidate in evaluation mode, repaired, and trained where there is a tuning, which ``report`` watches."""
         with self.timer.part("build"):
             candidate = self.space.build(plan).eval()
         with self.timer.part("recalibrate"):
-            return self.space.repair(candidate, plan, effort)
+            candidate = self.space.repair(candidate, plan, effort)
+        if self.tuning is None:
+            return candidate
+        with self.timer.part("finetune"):
+            return self.tuning(candidate, report)
 
     def race(self, model: nn.Module, guide: SampleScore, rival: NDArray[np.float64] | None) -> Raced:
         with self.timer.part("score"), precision(model, self.autocast):

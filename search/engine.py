@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from torch import nn
 
-from ..spaces import Space, discover
+from ..spaces import Plan, Space, discover
 from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
@@ -35,6 +35,7 @@ from .samplers import make_sampler
 from .scores import SampleScore
 from .study import check_owner, finished, open_study
 from .timing import Timing
+from .tuning import STOPPED, GivenUp, Tuning, Watch
 from .warm_start import Earlier, read_earlier
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def search(
     finalists: int = 5,
     sampler: str | optuna.samplers.BaseSampler = "auto",
     warm_start: Sequence[str | Path] = (),
+    tuning: Tuning | None = None,
     seed: int = 0,
     run_dir: str | Path | None = None,
     criterion: str | Sequence[str] = "auto",
@@ -101,7 +103,8 @@ def search(
 
     ``sampler``: a name of :data:`.samplers.SAMPLERS`, or an Optuna sampler. The search ends after ``n_trials``,
     ``timeout_s``, or ``patience`` trials without a better one. ``warm_start``: runs of the same model and space, with
-    any budget, whose scored plans this one learns from. An existing ``run_dir`` of the same model and search is
+    any budget, whose scored plans this one learns from. ``tuning`` trains every candidate for a moment, and gives up
+    those below the median of the others after as many steps. An existing ``run_dir`` of the same model and search is
     continued until it has ``n_trials`` finished trials. Ctrl-C ends the search with what was found. ``callbacks`` are
     called with ``(study, trial)`` as in Optuna.
 
@@ -157,6 +160,7 @@ def search(
         "criterion": ", ".join(space.criteria),
         "compensation": space.compensation,
         "guide": guided.name,
+        "tuning": None if tuning is None else tuning.description,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "target": None if timing is None else dict(timing.target.description),
         "seed": seed,
@@ -169,7 +173,7 @@ def search(
         # Seeded anew: a continued search must not draw the same numbers again.
         fresh_seed = seed + len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(sampler, problem, n_trials, fresh_seed, earlier)
-        candidates = Candidates(space, autocast)
+        candidates = Candidates(space, autocast, tuning)
         run = _Run(problem, candidates, study, guided, earlier)
         run.trials(n_trials, timeout_s, patience, callbacks)
         verification = None if timing is None else Verification(timing, limits.values[LATENCY_COLUMN], inputs)
@@ -275,9 +279,22 @@ class _Run:
             trial.set_user_attr("costs", costs)
         cost = costs[self.problem.objective]
         if plan.fingerprint not in self.known:
-            self.known[plan.fingerprint] = self.scored(trial, self.candidates.prepare(plan, "quick"), cost)
+            self.known[plan.fingerprint] = self.value(trial, plan, cost)
         value = self.known[plan.fingerprint]
         return [value, cost] if self.problem.for_front else [value]
+
+    def value(self, trial: optuna.Trial, plan: Plan, cost: float) -> float:
+        """What the candidate is worth; an estimate where it was given up during its fine-tuning."""
+        if self.candidates.tuning is None:
+            return self.scored(trial, self.candidates.prepare(plan, "quick"), cost)
+        guide = self.guided.guide
+        limit = cost if self.problem.for_front else None
+        watch = Watch(trial, lambda model: self.candidates.score(model, guide, "score"), finished(self.study), limit)
+        try:
+            return self.scored(trial, self.candidates.prepare(plan, "quick", watch), cost)
+        except GivenUp as reason:
+            trial.set_user_attr(STOPPED, reason.step)
+            return reason.value
 
     def scored(self, trial: optuna.Trial, candidate: nn.Module, cost: float) -> float:
         """The value of a candidate, estimated from part of the samples where it clearly loses."""

@@ -120,7 +120,7 @@ def _is_good(model: LatencyModel, limits: Limits | None, error: float) -> bool:
 
 
 def _fitted(space: Space, held: Measurements, budget: Mapping[str, Any] | None) -> tuple[LatencyModel, Limits | None]:
-    if held.failed and len(held.measured) < LEAST:
+    if held.failed and len(held.steady) < LEAST:
         raise TargetError(
             f"of {len(held.seen)} candidates only {len(held.measured)} could be measured; the last one that failed: "
             f"{held.failed[-1].reason}"
@@ -145,10 +145,9 @@ def _with(
     for row, outcome, predicted in zip(rows, outcomes, told, strict=True):
         if isinstance(outcome, str):
             failed.append(Failed(row, outcome))
-        else:
-            measured.append(Measured(row, outcome, predicted))
-    times = held.dense_times_ms if dense_ms is None else (*held.dense_times_ms, dense_ms)
-    return Measurements(tuple(measured), tuple(failed), times)
+        elif dense_ms is not None:
+            measured.append(Measured(row, outcome, dense_ms, predicted))
+    return Measurements(tuple(measured), tuple(failed))
 
 
 def _unseen(rows: Iterable[tuple[int, ...]], held: Measurements) -> list[tuple[int, ...]]:

@@ -1,8 +1,9 @@
 """Latency of any plan, predicted from a few dozen that were measured on the target.
 
 The time of a model is additive over its operators to first order. Features of a plan are the MACs of every operator
-and the total costs, all relative to the dense model, and the relative widths. Kernels take a slower path where a width
-is no multiple of some number: MACs of such operators are features too, where that predicts better in cross-validation.
+and the total costs, all relative to the dense model, and the relative widths. Kernels work in blocks of so many
+channels, and take a slower path where a size is no multiple of some number: MACs of whole blocks, and of such
+operators, are features too, where that predicts better in cross-validation.
 A Gaussian process with a linear kernel on all of them learns what each one costs, drawn towards equal costs of all
 operators by a strong prior on their sum; a smooth kernel is added where that predicts better.
 """
@@ -22,25 +23,27 @@ from numpy.typing import NDArray
 from ..spaces import Space
 from ..spaces.errors import BudgetError, PlanError
 from .budget import Limits
+from .pace import steady
 
 #: Folds of cross-validation, and the fewest plans that a model can be made of.
 FOLDS, LEAST = 8, 4
 #: Plans that are predicted this share off a budget's tightest limit, either way, are near it; the last few of them tell
 #: the error there.
 NEAR, LAST = 0.1, 8
-#: Widths of operators that are multiples of one of these may be faster than others.
-EVEN = (1, 2, 4, 8, 16)
+#: What sizes of operators may have to be multiples of to be fast; of the blocks that kernels work in.
+EVEN, BLOCKS = (1, 2, 4, 8, 16), (1, 8, 16, 32)
 _RIDGES = np.logspace(-8, 0, 9)
 _SMOOTH = (0.0, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's; ``predicted``: what the
-    model of the plans before said about it."""
+    """A measured plan: its widths ``(dimensions,)`` and its time relative to the dense model's, which took ``dense_ms``
+    beside it; ``predicted``: what the model of the plans before said about it."""
 
     widths: tuple[int, ...]
     ratio: float
+    dense_ms: float
     predicted: float | None = None
 
 
@@ -54,15 +57,21 @@ class Failed:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is known of the plans of a space on a target. ``dense_times_ms``: of the dense model, beside every few."""
+    """What is known of the plans of a space on a target."""
 
     measured: tuple[Measured, ...] = ()
     failed: tuple[Failed, ...] = ()
-    dense_times_ms: tuple[float, ...] = ()
 
     @property
     def dense_ms(self) -> float:
-        return statistics.median(self.dense_times_ms)
+        return statistics.median(plan.dense_ms for plan in self.steady)
+
+    @property
+    def steady(self) -> tuple[Measured, ...]:
+        """What was measured at the machine's usual pace, see :mod:`.pace`."""
+        if not self.measured:
+            return ()
+        return tuple(itertools.compress(self.measured, steady([plan.dense_ms for plan in self.measured])))
 
     @property
     def seen(self) -> set[tuple[int, ...]]:
@@ -70,8 +79,7 @@ class Measurements:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "dense_times_ms": list(self.dense_times_ms),
-            "measured": [[list(plan.widths), plan.ratio, plan.predicted] for plan in self.measured],
+            "measured": [[list(plan.widths), plan.ratio, plan.dense_ms, plan.predicted] for plan in self.measured],
             "failed": [[list(plan.widths), plan.reason] for plan in self.failed],
         }
 
@@ -79,14 +87,18 @@ class Measurements:
     def from_json(cls, held: Mapping[str, Any], dimensions: int) -> Measurements:
         """Raises KeyError, TypeError or ValueError for what is not of a space with so many dimensions."""
         measured = [
-            Measured(_widths(widths, dimensions), float(ratio), None if predicted is None else float(predicted))
-            for widths, ratio, predicted in held["measured"]
+            Measured(
+                _widths(widths, dimensions),
+                float(ratio),
+                float(dense_ms),
+                None if predicted is None else float(predicted),
+            )
+            for widths, ratio, dense_ms, predicted in held["measured"]
         ]
         failed = [Failed(_widths(widths, dimensions), str(reason)) for widths, reason in held["failed"]]
-        times = tuple(float(value) for value in held["dense_times_ms"])
-        if not all(value > 0 for value in (*times, *(plan.ratio for plan in measured))) or (measured and not times):
+        if not all(plan.ratio > 0 and plan.dense_ms > 0 for plan in measured):
             raise ValueError("a time must be positive")
-        return cls(tuple(measured), tuple(failed), times)
+        return cls(tuple(measured), tuple(failed))
 
 
 def _widths(widths: Sequence[Any], dimensions: int) -> tuple[int, ...]:
@@ -103,26 +115,28 @@ class LatencyModel:
     """
 
     def __init__(self, space: Space, known: Measurements, limits: Limits | None = None) -> None:
-        measured = known.measured
+        measured = known.steady
         if len(measured) < LEAST:
             raise PlanError(f"a latency model needs at least {LEAST} measured plans, not {len(measured)}")
         self.space, self.known, self.measured, self.dense_ms = space, known, measured, known.dense_ms
         widths, y = np.array([m.widths for m in measured]), np.array([m.ratio for m in measured])
         self._features = _Features(space)
-        best, held_out, tried = (1, 0.0, 1.0), np.ones_like(y), math.inf
-        for even in EVEN:
-            x = self._features(widths, even)
-            for smooth, ridge in itertools.product(_SMOOTH, _RIDGES):
-                predicted = _held_out(x, y, smooth, ridge)
-                if (error := float(np.abs(predicted / y - 1).mean())) < tried:
-                    best, held_out, tried = (even, smooth, ridge), predicted, error
-        self._even, smooth, ridge = best
+        best, held_out, tried = (Steps(), 0.0, 1.0), np.ones_like(y), math.inf
+        for steps in STEPS:
+            x = self._features(widths, steps)
+            for smooth in _SMOOTH:
+                kernel = _kernel(x, x, smooth)
+                for ridge in _RIDGES:
+                    predicted = _held_out(kernel, y, ridge)
+                    if (error := float(np.abs(predicted / y - 1).mean())) < tried:
+                        best, held_out, tried = (steps, smooth, ridge), predicted, error
+        self.steps, smooth, ridge = best
         self.error, self.tau = tried, _tau(held_out, y)
-        self._fit = _fit(self._features(widths, self._even), y, smooth, ridge)
+        self._fit = _fit(self._features(widths, self.steps), y, smooth, ridge)
         self.error_near = None if limits is None else self._error_near(limits)
 
     def ratios(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        return self._fit(self._features(widths, self._even, criterion))
+        return self._fit(self._features(widths, self.steps, criterion))
 
     def _error_near(self, limits: Limits) -> float | None:
         """Projection picks what is predicted too fast, so only what was predicted before it was measured counts."""
@@ -145,61 +159,88 @@ class LatencyModel:
         }
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How kernels take sizes that suit them badly: as the next multiple of ``block``; and slowly where what is summed
+    over is no multiple of ``inputs``, or ``any`` dimension is none of that."""
+
+    block: int = 1
+    inputs: int = 1
+    any: int = 1
+
+
 class _Features:
     """Features of plans, ``(plans, dimensions)`` widths to ``(plans, features)``."""
 
     def __init__(self, space: Space) -> None:
-        self._space, dense = space, space.sizes[None]
-        self._dense_costs, macs = space.cost_batch(dense), space.operator_macs(dense)
-        self._dense_macs = max(float(macs.sum()), 1.0)
-        fewer = np.repeat(dense, len(space.sizes), axis=0)
-        np.fill_diagonal(fewer, np.maximum(space.sizes // 2, 1))
-        #: Which operators have a width that a dimension sets ``(dimensions, operators)``; blocks set none.
-        self._sets = (space.operator_macs(fewer) != macs).astype(np.float64)
-        self._sets[[groups[0].kind == "block" for groups in space.tied_groups]] = 0
+        self._space = space
+        self._dense_costs = space.cost_batch(space.sizes[None])
+        self._dense_macs = max(float(self._dense_costs[0, 0]), 1.0)
 
-    def __call__(self, widths: NDArray[np.integer], even: int, criterion: str | None = None) -> NDArray[np.float64]:
-        """``even``: what widths of operators are multiples of where they are fast."""
+    def __call__(self, widths: NDArray[np.integer], steps: Steps, criterion: str | None = None) -> NDArray[np.float64]:
         space = self._space
-        shares = space.operator_macs(widths, criterion) / self._dense_macs
+        factors, sizes = space.operators(widths, criterion)
+        shares = factors * sizes.prod(2) / self._dense_macs
         costs = space.cost_batch(widths, criterion) / self._dense_costs
         # Weights are drawn towards zero: the larger a feature, the freer its weight.
         parts = [np.full((len(widths), 1), 3.0), 3 * costs, 3 * shares]
-        if even > 1:
-            slow = shares * ((widths % even != 0) @ self._sets > 0)
-            parts += [3 * slow, 3 * slow.sum(1, keepdims=True)]
+        if steps.block > 1:
+            whole = np.where(sizes > 1, np.ceil(sizes / steps.block) * steps.block, 1)
+            shares = factors * whole.prod(2) / self._dense_macs
+            parts += [3 * shares, 3 * shares.sum(1, keepdims=True)]
+        for even, part in ((steps.inputs, sizes[:, :, :1]), (steps.any, sizes)):
+            if even > 1:
+                slow = shares * ((part % even != 0) & (part > 1)).any(2)
+                parts += [3 * slow, 3 * slow.sum(1, keepdims=True)]
         parts.append(0.3 * widths / (space.sizes * np.sqrt(widths.shape[1])))
         return np.concatenate(parts, axis=1)
 
 
+#: Those that are tried.
+STEPS = [
+    *(Steps(block=block) for block in BLOCKS),
+    *(Steps(block, even, 1) for block in BLOCKS for even in EVEN[1:]),
+    *(Steps(block, even, even) for block in BLOCKS for even in EVEN[1:]),
+]
+
+
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64], smooth: float) -> NDArray[np.float64]:
-    linear: NDArray[np.float64] = a @ b.T
-    if not smooth:
-        return linear
-    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * linear
-    return linear + smooth * np.exp(-np.maximum(distances, 0) / 2)
+    return a @ b.T + (smooth * _near(a, b) if smooth else 0.0)
+
+
+def _near(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.asarray(np.exp(-np.maximum(distances, 0) / 2))
 
 
 def _fit(
     x: NDArray[np.float64], y: NDArray[np.float64], smooth: float, ridge: float
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    # Relative errors count: residuals are divided by the time.
-    weights = np.linalg.solve(_kernel(x, x, smooth) + ridge * np.diag(y**2), y)
+    weights = _weights(_kernel(x, x, smooth), y, ridge)
+    linear = x.T @ weights
 
     def predict(new: NDArray[np.float64]) -> NDArray[np.float64]:
-        predicted: NDArray[np.float64] = _kernel(new, x, smooth) @ weights
+        predicted: NDArray[np.float64] = new @ linear
+        if smooth:
+            predicted += smooth * (_near(new, x) @ weights)
         return np.maximum(predicted, 1e-6)
 
     return predict
 
 
-def _held_out(x: NDArray[np.float64], y: NDArray[np.float64], smooth: float, ridge: float) -> NDArray[np.float64]:
+def _weights(kernel: NDArray[np.float64], y: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    # Relative errors count: residuals are divided by the time.
+    return np.asarray(np.linalg.solve(kernel + ridge * np.diag(y**2), y))
+
+
+def _held_out(kernel: NDArray[np.float64], y: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
     """Predictions of every plan by a fit without its fold."""
     folds = np.arange(len(y)) % FOLDS
     predicted = np.empty_like(y)
     for fold in np.unique(folds):
         inside = folds != fold
-        predicted[~inside] = _fit(x[inside], y[inside], smooth, ridge)(x[~inside])
+        weights = _weights(kernel[inside][:, inside], y[inside], ridge)
+        predicted[~inside] = np.maximum(kernel[~inside][:, inside] @ weights, 1e-6)
     return predicted
 
 

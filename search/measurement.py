@@ -13,11 +13,9 @@ from torch import nn
 
 from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
-from .protocol import interval
+from .protocol import BUSY, interval
 from .shapes import check_inputs, inputs_at, shape_of
 
-#: Other work on this many processors makes times unreliable.
-BUSY = 0.3
 #: Runs from which the 90th percentile is told.
 P90_RUNS = 64
 

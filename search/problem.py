@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ..spaces import Plan, Space
 from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits
+from .coordinates import Coordinates
 from .latency import LatencyModel
 from .projection import Projector, named_widths
 
@@ -21,6 +22,7 @@ SHARES = (0.1, 1.0)
 COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
 #: The name of the dimension that chooses among several criteria.
 CRITERION = "criterion"
+_GOLDEN = (np.sqrt(5) - 1) / 2
 #: Latency as a cost: predicted by a model until it is measured.
 LATENCY_MS = "latency_ms"
 #: The entries of ``Cost`` in the order of the columns of ``Space.cost_batch``.
@@ -53,6 +55,10 @@ class Problem:
             found[CRITERION] = CategoricalDistribution(self.space.criteria)
         return found
 
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.space)
+
     def plan(self, parameters: Mapping[str, Any]) -> tuple[Plan, dict[str, float]]:
         """The plan of the values of the parameters, and its costs."""
         shares = np.array([float(parameters[name]) for name in self.space.dimensions])
@@ -79,6 +85,11 @@ class Problem:
         _, dense, smallest = self._bounds
         highest = min(1.0, self.limits.values[self._column] / dense)
         return min(max(SMALLEST_SHARE, smallest / dense), highest), highest
+
+    def spread_cost_share(self, number: int) -> float:
+        """Numbers that fill the range of the share, however many: a golden section sequence on its logarithm."""
+        low, high = self.cost_shares
+        return float(np.clip(low * (high / low) ** (number * _GOLDEN % 1), low, high))
 
     @property
     def _column(self) -> int:

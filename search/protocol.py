@@ -3,6 +3,10 @@
 Rounds run every model once, in an order that is drawn anew, so that what disturbs the machine disturbs all alike, and
 the first model is the reference: ratios are those of one round. Rounds go on until the 95 % interval of every median
 ratio is narrow enough, or the time is over. Intervals are those of order statistics, which assume no distribution.
+
+Disturbances that last are another matter: where another process takes one of two processors, the threads of a model
+wait for each other, and all models take alike long. So the kernel's counters are read all the while, and rounds beside
+other work are left out if there are enough without.
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ Run = Callable[[], Any]
 SETTLE_S = 3e-3
 #: A sample is the mean of runs that take so long together.
 SAMPLE_S = 5e-3
+#: Rounds are judged together that take so long: the kernel counts in hundredths of a second.
+WINDOW_S = 0.25
+#: Other work on so many processors disturbs.
+BUSY = 0.3
 
 
 def time_side_by_side(
@@ -31,8 +39,9 @@ def time_side_by_side(
     warm_up_s: float = 0.3,
     least_rounds: int = 12,
     seed: int = 0,
-) -> list[list[float]]:
-    """Seconds of every run: ``[[seconds of a round, ...] for each of runs]``.
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """Seconds of every run, ``[[seconds of a round, ...] for each of runs]``, and what else the machine did meanwhile:
+    ``load``, the processors busy with other work (None where the system does not say), and ``rounds_left_out``.
 
     ``runs``: functions without arguments that return when the work is done; or that return its seconds themselves.
     Those of which one run is a sample, since they warm up on their own, go with ``warm_up_s=0``.
@@ -46,22 +55,57 @@ def time_side_by_side(
     repeats = [_repeats(run) if warm_up_s else (0, 1) for run in runs]
     shuffled = list(range(len(runs)))
     rng = random.Random(seed)
-    samples: list[list[float]] = [[] for _ in runs]
+    quiet, disturbed = _empty(runs), _empty(runs)
+    loads: list[tuple[int, float | None]] = []
     start = time.perf_counter()
     while True:
-        rng.shuffle(shuffled)
-        for index in shuffled:
-            run, (settling, timed) = runs[index], repeats[index]
-            for _ in range(settling):
-                run()
-            samples[index].append(_seconds(run, timed))
-        rounds = len(samples[0])
-        if rounds < least_rounds:
-            continue
-        if time.perf_counter() - start > limit_s:
-            return samples
-        if rounds % 4 == 0 and all(_is_narrow(s, samples[0], tolerance) for s in samples):
-            return samples
+        window, watch = _empty(runs), Watch()
+        while not window[0] or watch.seconds < WINDOW_S:
+            rng.shuffle(shuffled)
+            for index in shuffled:
+                run, (settling, timed) = runs[index], repeats[index]
+                for _ in range(settling):
+                    run()
+                window[index].append(_seconds(run, timed))
+        load = watch.load
+        loads.append((len(window[0]), load))
+        for kept, new in zip(quiet if (load or 0.0) <= BUSY else disturbed, window, strict=True):
+            kept += new
+        is_over = time.perf_counter() - start > limit_s
+        if len(quiet[0]) >= least_rounds:
+            if is_over or all(_is_narrow(samples, quiet[0], tolerance) for samples in quiet):
+                return quiet, {"load": _mean(loads, BUSY), "rounds_left_out": len(disturbed[0])}
+        elif is_over and len(quiet[0]) + len(disturbed[0]) >= least_rounds:
+            every = [a + b for a, b in zip(quiet, disturbed, strict=True)]
+            return every, {"load": _mean(loads, math.inf), "rounds_left_out": 0}
+
+
+class Watch:
+    """What other processes have done since it was made."""
+
+    def __init__(self) -> None:
+        self._start, self._others = time.perf_counter(), _others_s()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def load(self) -> float | None:
+        """Processors busy with other work, or taken away by a hypervisor."""
+        now = _others_s()
+        return None if now is None or self._others is None else max(0.0, (now - self._others) / self.seconds)
+
+
+def _empty(runs: Sequence[Run]) -> list[list[float]]:
+    return [[] for _ in runs]
+
+
+def _mean(loads: Sequence[tuple[int, float | None]], most: float) -> float | None:
+    """Of the windows with a load of at most ``most``, weighted by their rounds."""
+    kept = [(rounds, load) for rounds, load in loads if load is not None and load <= most]
+    total = sum(rounds for rounds, _ in kept)
+    return round(sum(rounds * load for rounds, load in kept) / total, 2) if total else None
 
 
 def _repeats(run: Run) -> tuple[int, int]:
@@ -98,8 +142,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def conditions() -> dict[str, Any]:
-    """What of the machine bears on time: its name, processors, clock governor, temperature in degrees C, load."""
-    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "machine": os.uname().machine, "load": _load()}
+    """What of the machine bears on time: its name, processors, clock governor, temperature in degrees C."""
+    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "machine": os.uname().machine}
     governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     temperature = _read("/sys/class/thermal/thermal_zone0/temp")
     if governor:
@@ -116,12 +160,10 @@ def _cpu() -> str:
     return os.uname().machine
 
 
-def _load() -> float | None:
-    """Processors busy with other work, from the kernel's counters over a tenth of a second."""
-    before = _busy()
-    time.sleep(0.1)
-    after = _busy()
-    return None if before is None or after is None else round((after - before) / 0.1, 2)
+def _others_s() -> float | None:
+    """Processor seconds of all processes but this one and its children that have ended, since the machine started."""
+    busy, own = _busy(), os.times()
+    return None if busy is None else busy - own.user - own.system - own.children_user - own.children_system
 
 
 def _busy() -> float | None:

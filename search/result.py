@@ -25,6 +25,7 @@ from .problem import LATENCY_MS
 from .saved import FINETUNED, METRICS, RESULT, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
+from .tuning import STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ class Judge:
             metrics |= predicted | verification.measured(self.candidates, candidate)
             if not verification.holds(metrics):
                 return None
-        if self.guided.is_score and not self.candidates.space.repairs_in_two_efforts:
+        is_as_before = self.candidates.tuning is None and not self.candidates.space.repairs_in_two_efforts
+        if self.guided.is_score and is_as_before:
             return self._saved(replace(entry, metrics={**metrics, "score": metrics["guide"]}), candidate)
         try:
             metrics["score"] = self.candidates.score(candidate, self.guided.score, "score")
@@ -159,7 +161,7 @@ def collect(
     trials = list({t.user_attrs["plan"]["fingerprint"]: t for t in reversed(finished(study))}.values())
     if not trials:
         raise SearchError(f"no trial was finished in {run_dir}; {reason or 'allow more time'}")
-    layers = _layers([t for t in trials if PARTLY not in t.user_attrs], len(study.directions) > 1)
+    layers = _layers([t for t in trials if not is_estimate(t)], len(study.directions) > 1)
     wanted = finalists if len(study.directions) == 1 else len(layers[0])
     entries: list[Entry] = []
     for trial in (trial for layer in layers for trial in layer):
@@ -191,6 +193,11 @@ def collect(
     )
     _remove_others(run_dir / "front", {entry.name for entry in entries})
     return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds)
+
+
+def is_estimate(trial: FrozenTrial) -> bool:
+    """Whether the trial was given up: its value is what it had promised by then."""
+    return PARTLY in trial.user_attrs or STOPPED in trial.user_attrs
 
 
 def _dense_latency(entries: Sequence[Entry]) -> dict[str, float]:

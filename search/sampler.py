@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,20 @@ from .surrogate import Surrogate
 
 Array = NDArray[np.float64]
 
-#: Trials before the first fit, and the spread of the logarithms of their shares around equal ones.
-FIRST_TRIALS, FIRST_SPREAD = 12, 0.3
+#: Trials before the first fit, one more for so many dimensions, and the spread of the logarithms of their shares around
+#: equal ones.
+FIRST_TRIALS, DIMENSIONS_A_TRIAL, FIRST_SPREAD = 12, 8, 0.3
 #: Plans that a fit takes in: the nearest in cost, the best and the latest ones.
 MOST_TRIALS = 400
-#: Proposals compared in a round, and plans that the next round starts from.
-POOL, CENTRES = 256, 5
+#: Proposals compared in a round: changed at random, and along the slopes of the surrogate.
+POOL, CLIMBED = 256, 128
+#: Plans that the next round starts from, and that are filled up until one is new.
+CENTRES, MOST_FILLS = 5, 16
 #: Spreads of the changes of a round, and how many of the dimensions are changed.
 _ROUNDS = ((0.03, 0.08, 0.2, 0.4), (0.02, 0.05, 0.1), (0.02, 0.05, 0.1))
 _CHANGED = (0.1, 0.3, 1.0)
-_GOLDEN = (np.sqrt(5) - 1) / 2
+#: Lengths of steps along the slopes, and how many of the dimensions take part.
+_CLIMBS, _CLIMBING = (0.01, 0.5), (0.3, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class SurrogateSampler(BaseSampler):
     """Bayesian optimisation on the surface of the budget.
 
     Other samplers see shares, which are projected onto the budget only afterwards, so that many of their proposals are
-    one plan. This one fits a :class:`.surrogate.Surrogate` to the widths of the scored plans, changes some widths of
-    the best ones, projects these proposals onto the budget, and asks for the one of the highest expected improvement
-    (Jones et al. 1998; changing few dimensions at a time is from Regis and Shoemaker 2013). Along a front the share of
-    the cost to aim at follows a sequence that fills its range, and all trials inform each.
+    one plan. This one fits a :class:`.surrogate.Surrogate` to the widths of the scored plans, changes the best ones at
+    random or along its slopes, projects these proposals onto the budget, and asks for the one of the highest expected
+    improvement (Jones et al. 1998; changing few dimensions at a time is from Regis and Shoemaker 2013). Along a front
+    the share of the cost to aim at follows a sequence that fills its range, and all trials inform each.
 
     ``earlier``: plans that other runs have scored.
     """
@@ -97,9 +102,9 @@ class SurrogateSampler(BaseSampler):
         scored = Scored.of(self.problem, [t for t in trials if t.state == TrialState.COMPLETE])
         scored = scored if self.earlier is None else scored + self.earlier
         taken = Scored.of(self.problem, trials)
-        cost_share = self._cost_share(trial.number) if self.problem.for_front else None
+        cost_share = self.problem.spread_cost_share(self.seed + trial.number) if self.problem.for_front else None
         projector = self.problem.projector(cost_share)
-        if len(scored) < FIRST_TRIALS:
+        if len(scored) < FIRST_TRIALS + len(self.problem.space.dimensions) // DIMENSIONS_A_TRIAL:
             widths, criterion = self._random(projector, trial.number, rng)
         else:
             widths, criterion = self._best(projector, scored, taken, rng)
@@ -112,11 +117,6 @@ class SurrogateSampler(BaseSampler):
             parameters[CRITERION] = self.problem.space.criteria[criterion]
         return parameters
 
-    def _cost_share(self, number: int) -> float:
-        """Numbers spread evenly, however many: a golden section sequence on the logarithm."""
-        low, high = self.problem.cost_shares
-        return float(np.clip(low * (high / low) ** ((self.seed + number) * _GOLDEN % 1), low, high))
-
     def _random(self, projector: Projector, number: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
         criterion = number % len(self.problem.space.criteria)
         shares = np.exp(FIRST_SPREAD * rng.standard_normal(len(self.problem.space.dimensions)))
@@ -128,7 +128,8 @@ class SurrogateSampler(BaseSampler):
         space = self.problem.space
         scored = self._relevant(projector, scored)
         on_budget = self._projected(projector, scored.widths / space.sizes, scored.criteria)
-        origin = np.log(on_budget[np.argmax(scored.values)] / space.sizes)
+        best = np.argmax(scored.values)
+        origin = self.problem.coordinates.of(on_budget[[best]], scored.criteria[[best]])[0]
         surrogate = Surrogate(self._points(scored.widths, scored.criteria, origin), scored.values, rng, self._start)
         self._start = surrogate.hyperparameters
         means, _ = surrogate.predict(self._points(on_budget, scored.criteria, origin))
@@ -137,16 +138,30 @@ class SurrogateSampler(BaseSampler):
         known = {(*row, criterion) for row, criterion in zip(taken.widths.tolist(), taken.criteria, strict=True)}
         centres = pool
         for spreads in _ROUNDS:
-            widths, criteria = self._changed(projector, centres, spreads, rng)
+            steps = [
+                self._changed(centres, spreads, rng),
+                self._climbed(centres, self._slopes(projector, surrogate, centres, origin), rng),
+            ]
+            shares, criteria = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+            widths = self._projected(projector, shares, criteria)
             gains = expected_improvement(*surrogate.predict(self._points(widths, criteria, origin)), incumbent)
             pool = Scored(widths, criteria, gains) if centres is pool else pool + Scored(widths, criteria, gains)
             pool = pool[np.argsort(-pool.values)]
             centres = pool[:CENTRES]
-        for widths, criterion in zip(pool.widths, pool.criteria, strict=True):
-            filled = projector.fill(widths / space.sizes, space.criteria[criterion])
-            if (*filled.tolist(), criterion) not in known:
-                return filled, int(criterion)
-        return pool.widths[0], int(pool.criteria[0])  # the space is so small that all of it is known
+        found = self._first_unknown(projector, pool, known)
+        # Where all that look good are known, the search has converged: chance may find what the surrogate does not see.
+        return found or self._random(projector, int(rng.integers(len(space.criteria))), rng)
+
+    def _first_unknown(
+        self, projector: Projector, pool: Scored, known: set[tuple[int, ...]]
+    ) -> tuple[NDArray[np.int64], int] | None:
+        """The first plan of ``pool`` that is not ``known`` when it is filled up, of so many."""
+        rows = zip(pool.widths.tolist(), pool.criteria.tolist(), strict=True)
+        for *row, criterion in itertools.islice(dict.fromkeys((*row, name) for row, name in rows), MOST_FILLS):
+            widths = projector.fill(np.array(row) / self.problem.space.sizes, self.problem.space.criteria[criterion])
+            if (*widths.tolist(), criterion) not in known:
+                return widths, criterion
+        return None
 
     def _relevant(self, projector: Projector, scored: Scored) -> Scored:
         if len(scored) <= MOST_TRIALS:
@@ -157,15 +172,15 @@ class SurrogateSampler(BaseSampler):
         return scored[np.sort(np.lexsort([ranks, far])[:MOST_TRIALS])]
 
     def _points(self, widths: NDArray[np.integer], criteria: NDArray[np.int64], origin: Array) -> Array:
-        """What the surrogate sees: logarithms of relative widths from ``origin``, and which criterion it is."""
-        points = np.log(widths / self.problem.space.sizes) - origin
+        """What the surrogate sees: coordinates of the widths from ``origin``, and which criterion it is."""
+        points = self.problem.coordinates.of(widths, criteria) - origin
         count = len(self.problem.space.criteria)
         return points if count == 1 else np.hstack([points, FIRST_SPREAD * np.eye(count)[criteria]])
 
     def _changed(
-        self, projector: Projector, centres: Scored, spreads: tuple[float, ...], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``POOL`` plans on the budget near ``centres``."""
+        self, centres: Scored, spreads: tuple[float, ...], rng: np.random.Generator
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """Shares ``(POOL, dimensions)`` near ``centres``, changed at random, and criteria."""
         space = self.problem.space
         chosen = centres[rng.integers(len(centres), size=POOL)]
         size = chosen.widths.shape
@@ -175,7 +190,35 @@ class SurrogateSampler(BaseSampler):
         if len(space.criteria) > 1:
             anew = rng.random(POOL) < 1 / len(space.criteria)
             criteria = np.where(anew, rng.integers(len(space.criteria), size=POOL), criteria)
-        return self._projected(projector, chosen.widths / space.sizes * np.exp(steps), criteria), criteria
+        return chosen.widths / space.sizes * np.exp(steps), criteria
+
+    def _climbed(self, centres: Scored, slopes: Array, rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
+        """Shares ``(CLIMBED, dimensions)``: steps from ``centres`` along ``slopes``, one a centre, and criteria."""
+        chosen = rng.integers(len(centres), size=CLIMBED)
+        lengths = np.exp(rng.uniform(*np.log(_CLIMBS), (CLIMBED, 1)))
+        is_climbing = rng.random((CLIMBED, slopes.shape[1])) < rng.choice(_CLIMBING, size=(CLIMBED, 1))
+        shares = centres.widths[chosen] / self.problem.space.sizes * np.exp(lengths * slopes[chosen] * is_climbing)
+        return shares, centres.criteria[chosen]
+
+    def _slopes(self, projector: Projector, surrogate: Surrogate, centres: Scored, origin: Array) -> Array:
+        """Directions ``(centres, dimensions)`` in which the surrogate rises most at equal cost, of mean square one."""
+        dimensions = centres.widths.shape[1]
+        slopes = surrogate.slopes(self._points(centres.widths, centres.criteria, origin))[:, :dimensions]
+        slopes = slopes * self.problem.coordinates.slopes(centres.widths, centres.criteria)
+        names = [self.problem.space.criteria[criterion] for criterion in centres.criteria]
+        costs = np.array([self._cost_slopes(projector, *each) for each in zip(centres.widths, names, strict=True)])
+        along = (slopes * costs).sum(1, keepdims=True) / np.maximum((costs**2).sum(1, keepdims=True), 1e-12)
+        slopes = slopes - along * costs
+        return np.asarray(slopes / (np.sqrt((slopes**2).mean(1, keepdims=True)) + 1e-12))
+
+    def _cost_slopes(self, projector: Projector, widths: NDArray[np.int64], criterion: str) -> Array:
+        """How the tightest limit rises with the logarithm of each width ``(dimensions,)``; 0 where one is the least."""
+        fewer = self.problem.space.round_widths(0.75 * widths)
+        rows = np.vstack([np.where(np.eye(len(widths), dtype=bool), fewer, widths), widths])
+        excess = projector.excess(rows, criterion)
+        changes = np.log(fewer / widths)
+        is_fewer = changes < 0
+        return np.where(is_fewer, (excess[:-1] - excess[-1]) / np.where(is_fewer, changes, 1.0), 0.0)
 
     def _projected(self, projector: Projector, shares: Array, criteria: NDArray[np.int64]) -> NDArray[np.int64]:
         widths = np.empty(shares.shape, dtype=np.int64)

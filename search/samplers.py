@@ -16,7 +16,7 @@ from .warm_start import Earlier
 
 SAMPLERS = ("auto", "surrogate", "allocation", "gp", "cmaes", "tpe", "nsga2", "random")
 #: Of these one objective is all that they can take.
-SINGLE = ("allocation", "cmaes")
+SINGLE = ("cmaes",)
 
 
 def make_sampler(
@@ -32,7 +32,9 @@ def make_sampler(
     if sampler not in SAMPLERS:
         raise ConfigError(f"unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}, or an Optuna sampler")
     if problem.for_front and sampler in SINGLE:
-        raise ConfigError(f"sampler {sampler} has a single objective; with mode=front use surrogate, tpe, nsga2 or gp")
+        raise ConfigError(
+            f"sampler {sampler} has a single objective; with mode=front use surrogate, allocation, tpe, nsga2 or gp"
+        )
     surrogate = partial(SurrogateSampler, problem, seed, earlier.scored)
     makers: dict[str, Callable[[], BaseSampler]] = {
         "auto": surrogate,

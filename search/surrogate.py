@@ -1,4 +1,4 @@
-"""What scored plans tell about others: a Gaussian process over the logarithms of relative widths.
+"""What scored plans tell about others: a Gaussian process over the coordinates of their widths (:mod:`.coordinates`).
 
 Scores of plans are additive in these to first order, with curvature, and interactions on top: the kernel is the sum of
 a linear one, one on squares, and a squared exponential (Rasmussen and Williams 2006, chapters 2 and 5). All three
@@ -52,6 +52,16 @@ class Surrogate:
         own = linear * squares.mean(1) + square * (squares**2).mean(1) + smooth
         variance = own - (self._solved(cross.T) ** 2).sum(0)
         return cross @ self._weights * self._spread + self._mean, np.sqrt(np.maximum(variance, 1e-9)) * self._spread
+
+    def slopes(self, points: Array) -> Array:
+        """Gradient of the mean ``(plans, dimensions)`` at ``points (plans, dimensions)``."""
+        scaled, known = points / self._scale, self._points
+        linear, square, smooth, length, _ = np.exp(self.hyperparameters)
+        weights = self._weights
+        near = smooth * np.exp(-self._grams(scaled)[2] / (2 * length**2)) * weights
+        slopes = linear * (weights @ known) + 2 * square * scaled * (weights @ known**2)
+        slopes = slopes + (near @ known - near.sum(1)[:, None] * scaled) / length**2
+        return np.asarray(slopes * self._spread / (self._scale * points.shape[1]))
 
     def _grams(self, points: Array) -> tuple[Array, Array, Array]:
         """Inner products, those of squares, and squared distances of ``points`` to the fitted ones, a dimension."""

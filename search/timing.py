@@ -20,6 +20,7 @@ from ..spaces.inputs import Inputs
 from .fitting import TOGETHER, fit_latency
 from .latency import LatencyModel, Measurements
 from .measurement import Measurement, Settings, Target, side_by_side
+from .pace import Pace
 from .saved import read_json, write_json
 from .shapes import check_inputs, inputs_at
 from .stairs import LEAST_WIDTHS, Stairs, stair_widths
@@ -42,6 +43,7 @@ class Timing:
     cache: Path | None = None
     batch_size: int | None = None
     input_shapes: Sequence[Sequence[int]] = ()
+    pace: Pace = field(default_factory=Pace, compare=False)
 
     def check(self, model: nn.Module, inputs: Inputs) -> None:
         """Raises ConfigError where ``model`` cannot run on the shapes that are to be measured."""
@@ -60,6 +62,9 @@ class Timing:
         """
         self.check(space.model, inputs)
         path = self._path(space, inputs)
+        known = None if refresh else self._read(path, space)
+        if known is not None and known.measured:
+            self.pace.expect(space.model, known.dense_ms)
 
         def keep(held: Measurements) -> None:
             if path is not None:
@@ -73,7 +78,7 @@ class Timing:
             most=self.most,
             limit_s=self.limit_s,
             budget=budget,
-            known=None if refresh else self._read(path, space),
+            known=known,
             keep=keep,
         )
 
@@ -115,7 +120,7 @@ class Timing:
         """A candidate beside the dense model, twice as long as other measurements; None if it fails."""
         settings = replace(self.settings, tolerance=self.settings.tolerance / 2, limit_s=2 * self.settings.limit_s)
         try:
-            return side_by_side([dense, candidate], self._inputs(inputs), self.target, settings)[1]
+            return self._side_by_side([dense, candidate], self._inputs(inputs), settings)[1]
         except TargetError as error:
             logger.warning("a model of the front cannot be measured: %s", error)
             return None
@@ -123,14 +128,20 @@ class Timing:
     def _inputs(self, inputs: Inputs) -> list[Inputs]:
         return inputs_at(inputs, self.batch_size, self.input_shapes)
 
+    def _side_by_side(
+        self, models: Sequence[nn.Module], inputs: Sequence[Inputs], settings: Settings
+    ) -> list[Measurement]:
+        """The dense model comes first."""
+        return self.pace.kept(models[0], lambda: side_by_side(models, inputs, self.target, settings))
+
     def _each(self, dense: nn.Module, batch: Sequence[nn.Module], inputs: Sequence[Inputs]) -> list[Measurement | str]:
         """All at once; one by one where that fails, so that a single candidate's failure excludes only that one."""
         try:
-            return [*side_by_side([dense, *batch], inputs, self.target, self.settings)[1:]]
+            return [*self._side_by_side([dense, *batch], inputs, self.settings)[1:]]
         except TargetError as error:
             if len(batch) == 1:
                 logger.warning("a plan is left out of the latency model: %s", error)
-                side_by_side([dense], inputs, self.target, self.settings)  # the target itself must work
+                self._side_by_side([dense], inputs, self.settings)  # the target itself must work
                 return [str(error)]
         return [found for candidate in batch for found in self._each(dense, [candidate], inputs)]
 

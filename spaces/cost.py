@@ -7,6 +7,7 @@ half of what ``torch.utils.flop_counter`` counts.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class CostModel:
         work = [terms.polynomial(work) for work in structure.work]
         moments = _undominated([_sum(terms.moment(moment)) for moment in structure.live])
         self._totals = _Polynomials(terms.variables, [_sum(work), parameters, size, *moments])
-        self._operators = _Polynomials(terms.variables, work)
+        self._operators = _Operators(terms, structure.work)
 
     def batch(
         self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
@@ -98,11 +99,14 @@ class CostModel:
         memory = totals[:, 3:].max(axis=1) if totals.shape[1] > 3 else np.zeros(len(widths))
         return np.column_stack([totals[:, 0], totals[:, 1], memory, totals[:, 2]])
 
-    def operator_macs(
+    def operators(
         self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
-    ) -> NDArray[np.float64]:
-        """MACs of every convolution and matrix product, in the order of the forward: ``(plans, operators)``."""
-        return self._operators.batch(_values(widths, blocks))
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Convolutions and matrix products in the order of the forward: factors ``(plans, operators)`` and sizes
+        ``(plans, operators, dimensions)``, whose products are the MACs. The first size is that of what is summed over,
+        then come the output's dimensions that widths set; 1 where widths set none.
+        """
+        return self._operators(_values(widths, blocks))
 
     def of_widths(self, widths: Sequence[int], blocks: Sequence[NDArray[np.bool_]]) -> Cost:
         """The cost of one plan: ``widths (groups,)``, and for every group of blocks in order which units stay."""
@@ -122,6 +126,35 @@ class CostModel:
         """The cost of one plan, given the units that stay in every group."""
         blocks = [mask for mask, group in zip(kept, self._groups, strict=True) if group.blocks]
         return self.of_widths([int(np.count_nonzero(mask)) for mask in kept], blocks)
+
+
+class _Operators:
+    """Sizes of what every operator multiplies."""
+
+    def __init__(self, terms: _Terms, work: Sequence[Term]) -> None:
+        layouts: dict[Layout, int] = {}
+        factors: list[Polynomial] = []
+        rows: list[list[int | None]] = []
+        for term in work:
+            sizes = [_width(layout) for layout in term.layouts]
+            is_fixed = [set(size) <= {()} for size in sizes]
+            constant = math.prod(size[()] for size, fixed in zip(sizes, is_fixed, strict=True) if fixed)
+            factors.append(terms.polynomial(Term(term.constant * constant, (), term.owners)))
+            columns = [
+                None if fixed else layouts.setdefault(layout, len(layouts))
+                for layout, fixed in zip(term.layouts, is_fixed, strict=True)
+            ]
+            rows.append([columns[-1], *(column for column in columns[:-1] if column is not None)])
+        self._factors = _Polynomials(terms.variables, factors)
+        self._sizes = _Polynomials(terms.variables, [_width(layout) for layout in layouts])
+        most = max((len(row) for row in rows), default=1)
+        ones = len(layouts)
+        filled = [[ones if column is None else column for column in row] + [ones] * (most - len(row)) for row in rows]
+        self._columns = np.array(filled, dtype=np.intp).reshape(len(rows), most)
+
+    def __call__(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        sizes = np.column_stack([self._sizes.batch(values), np.ones(len(values))])
+        return self._factors.batch(values), sizes[:, self._columns]
 
 
 def _values(

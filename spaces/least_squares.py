@@ -114,11 +114,46 @@ class ConsumerFits:
 
     def _order(self, name: str, moments: Moments, group: int, rank: NDArray[np.integer]) -> torch.Tensor:
         """Columns by the rank of their unit of ``group``; what is not of the group comes first: it always stays."""
-        channels = self._tensors[name].shape[moments.in_dim]
-        kernel = moments.columns // channels
-        ranks = np.full(channels * kernel, -1)
-        ranks[columns(positions(self.structure, name, moments.in_dim, group), kernel).numpy()] = rank[:, None]
+        ranks = column_ranks(self.structure, name, self._tensors[name], moments, group, rank)
         return torch.from_numpy(np.argsort(ranks, kind="stable")).to(moments.means.device)
+
+
+def column_ranks(
+    structure: Structure, name: str, weight: torch.Tensor, moments: Moments, group: int, rank: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """The rank of the unit of ``group`` that every column of ``weight`` is of; -1 for those of none."""
+    channels = weight.shape[moments.in_dim]
+    kernel = moments.columns // channels
+    ranks = np.full(channels * kernel, -1)
+    ranks[columns(positions(structure, name, moments.in_dim, group), kernel).numpy()] = rank[:, None]
+    return ranks
+
+
+def lost_outputs(
+    model: nn.Module, structure: Structure, statistics: Statistics, ranks: Ranks
+) -> list[NDArray[np.float64] | None]:
+    """By group, the share of its consumers' outputs that no fit gives back, for every width ``(size + 1,)``.
+
+    Shares of the energy (second moments) of the dense outputs, on average over the consumers; None for groups without
+    a consumer whose moments are known and that no other group reaches. ``ranks``: of units in the order of importance.
+    """
+    tensors = tensors_of(model)
+    found: list[list[NDArray[np.float64]]] = [[] for _ in structure.groups]
+    for name, moments in statistics.moments.items():
+        groups = list(groups_in(structure.tensors[name][moments.in_dim]))
+        if len(groups) != 1 or not moments.is_whole:
+            continue
+        (group,), weight = groups, tensors[name].detach()
+        places = column_ranks(structure, name, weight, moments, group, ranks[group])
+        order = np.argsort(places, kind="stable")
+        by_order = torch.from_numpy(order).to(moments.means.device)
+        factor = torch.linalg.cholesky(covariance(moments)[by_order][:, by_order])
+        # Columns of the factor are what each column adds to the ones before it.
+        added = (as_matrix(weight, moments)[:, by_order].double() @ factor).square().sum(0).cpu().numpy()
+        size = structure.groups[group].size
+        by_unit = np.bincount(places[order] + 1, weights=added, minlength=size + 1)
+        found[group].append(np.append(np.cumsum(by_unit[:0:-1])[::-1], 0.0) / max(by_unit.sum(), 1e-30))
+    return [np.mean(curves, axis=0) if curves else None for curves in found]
 
 
 def factor_fit(factor: Factor, columns: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

@@ -41,15 +41,23 @@ _PASSING = ("dropout", "dropout_", "contiguous", "dropout1d", "dropout2d", "drop
 
 @dataclass(frozen=True)
 class Effort:
-    """``samples`` of the pass, and ``rows``: vectors that a consumer is fitted on."""
+    """``samples`` of the pass, ``rows``: vectors that a consumer is fitted on, and ``bytes`` of the pass's activations:
+    where those of all samples are more, half of the samples will do."""
 
     samples: int
     rows: int
+    bytes: int = MAX_BYTES
+
+    def samples_of(self, sample_bytes: float) -> int:
+        """How many, where one has so many bytes of activations at a time."""
+        per_sample = max(sample_bytes, 1.0)
+        wanted = max(self.samples // 2, min(self.samples, int(self.bytes / per_sample)))
+        return max(1, min(wanted, int(MAX_BYTES / per_sample)))
 
 
-#: ``quick`` ranks candidates as ``thorough`` does at a quarter of its time; that repairs the ones to keep
+#: ``quick`` ranks candidates as ``thorough`` does at a tenth of its time; that repairs the ones to keep
 #: (docs/candidates.md).
-EFFORTS = {"quick": Effort(512, 4096), "thorough": Effort(2048, 32768)}
+EFFORTS = {"quick": Effort(512, 4096, 2**26), "thorough": Effort(2048, 32768)}
 
 
 @dataclass
@@ -326,8 +334,7 @@ def record_targets(
 
     ``sample_bytes``: peak of the activations of one sample; fewer samples are taken where they need more memory.
     """
-    samples = min(effort.samples, max(1, int(MAX_BYTES // max(sample_bytes, 1.0))))
-    inputs = first_samples(calibration, samples)
+    inputs = first_samples(calibration, effort.samples_of(sample_bytes))
     recorder = _Recorder(model, structure, _rows_within_memory(model, effort.rows), seed)
     with evaluating(model), torch.no_grad(), calibration.precision(model), recorder:
         inputs.call(model)

@@ -24,6 +24,7 @@ from .errors import ConfigError, EmptySpaceError, PlanError
 from .groups import Frozen, Group, Kept, Structure, build_structure, freeze_groups
 from .huggingface import inexpressible
 from .inputs import Inputs
+from .least_squares import lost_outputs
 from .options import Options, check_kinds
 from .plan import Plan, Ranking
 from .proof import Prover
@@ -176,9 +177,15 @@ class Space:
         """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
         return self._cost.batch(*self._variables(widths, criterion))
 
-    def operator_macs(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        """MACs of every convolution and matrix product: ``widths (plans, dimensions)`` to ``(plans, operators)``."""
-        return self._cost.operator_macs(*self._variables(widths, criterion))
+    def operators(
+        self, widths: NDArray[np.integer], criterion: str | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the convolutions and matrix products of plans multiply, from ``widths (plans, dimensions)``.
+
+        Factors ``(plans, operators)`` and sizes ``(plans, operators, dimensions)``, whose products are the MACs: first
+        that of what is summed over, then the output's dimensions that widths set; 1 where widths set none.
+        """
+        return self._cost.operators(*self._variables(widths, criterion))
 
     def _variables(
         self, widths: NDArray[np.integer], criterion: str | None
@@ -209,6 +216,22 @@ class Space:
     @property
     def dense_cost(self) -> Cost:
         return self._cost.dense
+
+    def lost_outputs(self, criterion: str | None = None) -> list[NDArray[np.float64] | None]:
+        """By dimension, the share of its consumers' dense outputs that least squares cannot give back at every width
+        ``(size + 1,)``, see :func:`.least_squares.lost_outputs`; None where that is not known.
+
+        It is known where moments of the dense model were taken, for a criterion or a compensation.
+        """
+        if not self._evidence.has_statistics:
+            return [None] * len(self.dimensions)
+        ranks = self._ranking(criterion).ranks
+        curves = lost_outputs(self._prepared, self._structure, self._evidence.statistics, ranks)
+        found: list[NDArray[np.float64] | None] = []
+        for members in self._ties.values():
+            known = [curve for index in members if (curve := curves[index]) is not None]
+            found.append(np.mean(known, axis=0) if known else None)
+        return found
 
     def apply(self, plan: Plan, effort: str = "thorough") -> nn.Module:
         """A really smaller model with its own parameters, ready to train: sliced, then :attr:`compensation`.

@@ -175,6 +175,8 @@ class Call:
             self.hint(dimension, "inexact", f"normalised by {self.why}")
 
     def work(self, constant: int, *dimensions: Dimension) -> None:
+        """Multiply-accumulates: ``constant`` times the sizes of the output's dimensions and of the one summed over,
+        which comes last."""
         self.recorder.trace.work.append(Work(constant, list(dimensions), tuple(self.recorder.stack)))
 
     def integer(self, value: int, dimension: Dimension) -> None:

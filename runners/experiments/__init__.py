@@ -11,8 +11,7 @@ import importlib
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-#: Experiments of several steps; those that one command can do are choices of that command (``experiment=NAME``).
-EXPERIMENTS = ("shearing",)
+EXPERIMENTS = ("li2016", "michel2019", "shearing")
 
 
 def command(config: DictConfig) -> None:

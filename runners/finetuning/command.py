@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,46 @@ from ..tracking import Guarded
 from .engine import Finetuned, finetune
 from .recipe import Recipe
 
+#: The dense model's place among the picks.
+DENSE = "dense"
+
 
 def command(config: DictConfig) -> None:
     """Train picked models of a run back, with or without the dense model as a teacher."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
+    names = picks(run, config.pick)
+    task = make_task(config)
+    done = trained(config, task, run_dir, names)
+    console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
+    for found in done.values():
+        console.print(f'load    prunefront.load("{found.path}")', soft_wrap=True, highlight=False)
+
+
+def trained(
+    config: DictConfig, task: Task, run_dir: Path, names: Sequence[str], history: Sequence[Any] = ()
+) -> dict[str, Finetuned]:
+    """The models ``names`` of a run, fine-tuned and saved beside themselves. ``history``: what is written down of the
+    rounds before.
+
+    Raises:
+        ConfigError: the task has no training split, or the device cannot be used.
+    """
     options = plain(config.finetune)
     name = options.pop("name")
     recipe = Recipe.of(options)
-    names = picks(run, config.pick)
-    task = make_task(config)
     if task.training is None:
         raise ConfigError(
             "the task has no training split to fine-tune on; set task.training._target_=my_module.loader"
             " and task.loss=my_module.loss"
         )
     check_device(config.device)
-    teacher = _loaded(run_dir / "dense", task).to(config.device) if recipe.needs_dense else None
+    teacher = _loaded(run_dir / DENSE, task).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:
-        folder = run_dir / "front" / pick / FINETUNED / name
-        done[pick] = _one(config, task, recipe, teacher, run_dir, folder)
-    console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
-    for found in done.values():
-        console.print(f'load    prunefront.load("{found.path}")', soft_wrap=True, highlight=False)
+        source = run_dir / DENSE if pick == DENSE else run_dir / "front" / pick
+        done[pick] = _one(config, task, recipe, teacher, run_dir, source / FINETUNED / name, history)
+    return done
 
 
 def picks(run: dict[str, Any], pick: DictConfig) -> list[str]:
@@ -55,7 +72,7 @@ def picks(run: dict[str, Any], pick: DictConfig) -> list[str]:
     if budget:
         raise ConfigError("pick takes names or a budget, not both")
     names = known if pick.names == "all" else [pick.names] if isinstance(pick.names, str) else list(pick.names)
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if name not in (*known, DENSE)]:
         raise ConfigError(f"pick: the front has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
     return names
 
@@ -69,7 +86,13 @@ def check_device(name: str) -> None:
 
 
 def _one(
-    config: DictConfig, task: Task, recipe: Recipe, teacher: nn.Module | None, run_dir: Path, folder: Path
+    config: DictConfig,
+    task: Task,
+    recipe: Recipe,
+    teacher: nn.Module | None,
+    run_dir: Path,
+    folder: Path,
+    history: Sequence[Any],
 ) -> Finetuned:
     """Fine-tune the model in whose folder ``folder`` lies."""
     source = folder.parent.parent
@@ -90,8 +113,8 @@ def _one(
                 teacher=teacher,
                 autocast=task.autocast,
                 example_inputs=task.example_inputs,
-                plan=Plan.from_json(read_plan(source)["plan"]),
-                metrics=read_json(source / METRICS),
+                plan=None if source.name == DENSE else Plan.from_json(read_plan(source)["plan"]),
+                metrics=read_json(source / METRICS) | ({"history": list(history)} if history else {}),
                 run_dir=folder,
                 restart=config.restart,
                 callbacks=(progress, tracker.step),

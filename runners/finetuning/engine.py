@@ -27,6 +27,7 @@ from .distillation import Loss, Objective
 from .domains import make_loading
 from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
 from .recipe import Recipe
+from .sparsity import make_penalty
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,12 @@ def finetune(
         loading = make_loading(training, recipe.domains, loss, teacher, recipe.autocast, recipe.seed)
         data = Data(epochs, identity["batches"], calibration, score, autocast, loading)
         trained = copy_model(model).to(memory_format=memory_format(model))
+        penalty = None
+        if recipe.sparsity:
+            penalty = make_penalty(trained, recipe.sparsity_kind, recipe.sparsity, first)
         with Objective(trained, loss, recipe, teacher if recipe.distill else None) as objective:
             checkpoint = None if directory is None else checkpoint_of(directory)
-            loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks)
+            loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks, penalty)
             loop.resume()
             result = loop.run()
     inputs = first if example_inputs is None else Inputs.of(example_inputs)

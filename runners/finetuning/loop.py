@@ -77,7 +77,9 @@ class Loop:
         checkpoint: Path | None,
         identity: dict[str, Any],
         callbacks: Sequence[Callable[[Progress], None]],
+        penalty: Callable[[], None] | None = None,
     ) -> None:
+        self.penalty = penalty
         self.model, self.recipe, self.data, self.objective = model, recipe, data, objective
         self.checkpoint, self.identity, self.callbacks = checkpoint, identity, callbacks
         self.device = next(model.parameters()).device
@@ -172,6 +174,8 @@ class Loop:
         if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
             raise FinetuneError("the loss must be a tensor with one number that depends on the model's parameters")
         loss.backward()
+        if self.penalty is not None:
+            self.penalty()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...spaces.errors import ConfigError
+from .sparsity import KINDS
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS: dict[str, torch.dtype | None] = {"bfloat16": torch.bfloat16, "float32": None}
@@ -87,10 +88,16 @@ class Recipe:
     patience: int | None = None
     checkpoint_min: float = 10.0
     seed: int = 0
+    #: Weight of a penalty that makes units small, before a search; 0: none. ``groups``: group lasso on what is removed
+    #: together; ``bn_scale``: l1 norm of BatchNorm's scales.
+    sparsity: float = 0.0
+    sparsity_kind: str = "groups"
     distill: Distill = Distill()
     domains: Domains = field(default_factory=Domains)
 
     def __post_init__(self) -> None:
+        _check("sparsity", self.sparsity, self.sparsity >= 0, "at least 0")
+        _check("sparsity_kind", self.sparsity_kind, self.sparsity_kind in KINDS, f"one of {', '.join(KINDS)}")
         _check("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         _check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         _check("lr", self.lr, self.lr > 0, "above 0")

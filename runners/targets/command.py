@@ -49,7 +49,8 @@ class CommandTarget:
             facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
             # The program warms up and repeats by itself: a run more is a start of a process more.
             options = {**asdict(settings), "warm_up_s": 0.0}
-            return protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options), facts
+            samples, load = protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options)
+        return samples, facts | load
 
     def _run(self, model: Path, inputs: Path) -> Callable[[], float]:
         values = {"{model}": str(model), "{inputs}": str(inputs)}

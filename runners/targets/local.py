@@ -55,7 +55,8 @@ class TorchTarget:
         facts["threads"] = self.threads or torch.get_num_threads()
         with torch_threads(self.threads), torch.inference_mode():
             runs = [self._run(model, inputs) for model in models]
-            return protocol.time_side_by_side(runs, **asdict(settings)), facts
+            samples, load = protocol.time_side_by_side(runs, **asdict(settings))
+        return samples, facts | load
 
     def _run(self, model: nn.Module, inputs: Inputs) -> Callable[[], float | None]:
         where = {name: tensor.device for name, tensor in model.state_dict().items()}

@@ -33,8 +33,8 @@ def measure(folder: str, task: dict[str, Any]) -> dict[str, Any]:
     inputs = dict(numpy.load(f"{folder}/inputs.npz", allow_pickle=False))
     loaded = [runtimes.load(task["runtime"], f"{folder}/{m}", inputs, **task["options"]) for m in task["models"]]
     outputs = [[encoded(output) for output in run()] for run, _ in loaded]
-    samples = protocol.time_side_by_side([run for run, _ in loaded], **task["settings"])
-    return {"samples": samples, "conditions": {**conditions, **loaded[0][1]}, "outputs": outputs}
+    samples, load = protocol.time_side_by_side([run for run, _ in loaded], **task["settings"])
+    return {"samples": samples, "conditions": {**conditions, **loaded[0][1], **load}, "outputs": outputs}
 
 
 def encoded(output: Any) -> str:

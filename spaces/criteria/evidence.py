@@ -37,6 +37,11 @@ class Evidence:
         """Moments of what every consumer multiplies: one pass over the data."""
         return collect(self.model, self.structure, self._data, self.seed)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether :attr:`statistics` have been taken already."""
+        return "statistics" in self.__dict__
+
     @cached_property
     def blocks(self) -> dict[str, BlockMoments]:
         """Of every module that is a unit of a group of blocks: one pass over the data."""

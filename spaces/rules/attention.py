@@ -19,7 +19,7 @@ def fused_attention(call: Call) -> list[Label]:
         _align_heads(call, query[-3], key[-3], value[-3])
     _mask(call, query, key)
     call.work(1, *query[:-2], query[-2], key[-2], query[-1])
-    call.work(1, *query[:-2], query[-2], key[-2], value[-1])
+    call.work(1, *query[:-2], query[-2], value[-1], key[-2])
     hint_attention(call, query[-3] if len(query) > 2 else None, query[-1], value[-1])
     if call["scale"] is None:
         _keep_scale(call, query[-1])

@@ -27,11 +27,13 @@ def convolution(call: Call) -> list[Label]:
         call.unify(call.label("bias")[0], produced)
     spatial = [fixed(length) for length in call.outputs[0].shape[2:]]
     output = [source[0], produced, *spatial]
-    walked = source if transposed else output
     for dimension in weight[2:]:
         freeze(dimension, STRUCTURAL)
     kernel = math.prod(size(dimension) for dimension in weight[2:])
-    call.work(kernel, *walked, weight[1])
+    if transposed:
+        call.work(kernel, source[0], *source[2:], weight[1], source[1])
+    else:
+        call.work(kernel, *output, weight[1])
     call.produced(1, "weight", 1 if transposed else 0, "bias")
     call.hint(produced, "producer")
     call.hint(produced, "kind", "channel")
@@ -86,7 +88,7 @@ def _add_bias(call: Call, output: Label) -> None:
 
 def _matrix_product(call: Call, left: Label, right: Label) -> Label:
     call.unify(left[-1], right[-2])
-    call.work(1, *left[:-1], left[-1], right[-1])
+    call.work(1, *left[:-1], right[-1], left[-1])
     call.hint(right[-1], "producer")
     call.hint(right[-1], "kind", "neuron")
     call.hint(left[-1], "kind", "neuron")
@@ -108,7 +110,7 @@ def _batched_product(call: Call, one: str, other: str) -> Label:
     left, right = call.label(one), call.label(other)
     call.unify(left[0], right[0])
     call.unify(left[2], right[1])
-    call.work(1, *left, right[2])
+    call.work(1, left[0], left[1], right[2], left[2])
     if call.is_weight(one) or call.is_weight(other):
         call.hint(left[1] if call.is_weight(one) else right[2], "producer")
     else:
@@ -123,7 +125,7 @@ def grouped_mm(call: Call) -> list[Label]:
     if len(left) != 2 or len(right) != 3:
         return unknown(call)
     call.unify(left[1], right[1])
-    call.work(1, *left, right[2])
+    call.work(1, left[0], right[2], left[1])
     call.hint(right[2], "producer")
     for dimension in (left[1], right[2]):
         call.hint(dimension, "kind", "neuron")

@@ -18,6 +18,7 @@ from torch import nn
 
 from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget, exporting, process
 from prunefront.runners.targets import ssh as ssh_module
+from prunefront.search import protocol
 from prunefront.search.measurement import Settings, measure, summary
 from prunefront.search.protocol import conditions, interval, time_side_by_side
 from prunefront.search.timing import Timing
@@ -145,13 +146,57 @@ def test_a_model_without_a_reference_is_its_own():
 
 def test_time_side_by_side_stops_in_time_and_pairs_rounds():
     start = time.perf_counter()
-    samples = time_side_by_side([lambda: 0.1, lambda: 0.2], limit_s=60)
-    assert time.perf_counter() - start < 5 and len(samples[0]) == len(samples[1]) == 12
-    assert {tuple(values) for values in samples} == {(0.1,) * 12, (0.2,) * 12}
+    samples, _ = time_side_by_side([lambda: 0.1, lambda: 0.2], limit_s=60)
+    assert time.perf_counter() - start < 5 and len(samples[0]) == len(samples[1]) >= 12
+    assert [set(values) for values in samples] == [{0.1}, {0.2}]
     noisy = iter(range(1, 10**6))
     start = time.perf_counter()
     time_side_by_side([lambda: float(next(noisy) % 7 + 1)], tolerance=1e-6, limit_s=0.2, warm_up_s=0)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("is_always_busy", [False, True])
+def test_rounds_beside_other_work_are_left_out_where_there_are_others(monkeypatch, is_always_busy):
+    started, seconds = time.perf_counter(), [0.0]
+
+    def is_busy() -> bool:  # at first both processors, then none
+        return is_always_busy or time.perf_counter() - started < 0.6
+
+    def run() -> float:
+        return 5.0 if is_busy() else 1.0
+
+    def others() -> float:
+        seconds[0] += 1.0 if is_busy() else 0.0
+        return seconds[0]
+
+    monkeypatch.setattr(protocol, "_others_s", others)
+    samples, facts = time_side_by_side([run], limit_s=1.5)
+    if is_always_busy:
+        assert set(samples[0]) == {5.0} and facts["load"] > 1 and facts["rounds_left_out"] == 0
+    else:
+        assert set(samples[0]) == {1.0} and facts["load"] == 0 and facts["rounds_left_out"] > 0
+
+
+def test_the_work_of_others_is_seen_and_that_of_ones_own_is_not():
+    def burn(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    watch = protocol.Watch()
+    burn(0.5)
+    alone = watch.load
+    if alone is None:
+        pytest.skip("this system does not count processor time in /proc/stat")
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        watch = protocol.Watch()
+        time.sleep(0.5)
+        assert watch.load > alone + 0.3 or watch.load > 0.8 * os.cpu_count()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_intervals_hold_the_median_as_often_as_they_say():

@@ -11,6 +11,7 @@ from torch import nn
 
 import prunefront
 from prunefront.runners.display import latency_view
+from prunefront.search import pace
 from prunefront.search.fitting import spread_plans
 from prunefront.search.latency import LatencyModel, Measured, Measurements
 from prunefront.search.shapes import inputs_at
@@ -97,6 +98,46 @@ def test_slow_kernels_of_uneven_widths_are_learnt(space):
         assert float(np.abs(model.ratios(rows) / truth - 1).mean()) < 0.06
 
 
+class SpellTarget(ComputedTarget):
+    """In slow spells the dense model takes 8 % longer, and all others a third."""
+
+    def __init__(self, spells: set[int]) -> None:
+        super().__init__(noise=0.003)
+        self.spells, self.calls = spells, 0
+
+    def times(self, models, inputs, settings):
+        samples, facts = super().times(models, inputs, settings)
+        self.calls += 1
+        if self.calls in self.spells:
+            samples = [[s * (1.08 if number == 0 else 1.33) for s in row] for number, row in enumerate(samples)]
+        return samples, facts
+
+
+@pytest.mark.parametrize("spells", [{1, 2}, {3, 4, 5, 9}], ids=["at first", "later"])
+def test_what_is_measured_while_the_machine_is_slow_is_left_out_or_measured_again(space, spells, monkeypatch):
+    monkeypatch.setattr(pace, "PAUSE_S", 0.0)
+    target = SpellTarget(spells)
+    timing = Timing(target, error=0.0, most=48)
+    model = timing.model(space, prunefront_inputs())
+    dense = target.seconds(make_model())
+    for plan in model.measured:
+        made = space.slice(space.plan(dict(zip(space.dimensions, plan.widths, strict=True))))
+        assert plan.ratio == pytest.approx(target.seconds(made) / dense, rel=0.02)
+    assert len(model.measured) == (40 if 1 in spells else 48)
+    target.spells = {target.calls + 1}
+    found = timing.verify(space.model, space.slice(space.uniform(0.5)), prunefront_inputs())
+    assert found.ratio == pytest.approx(target.seconds(space.slice(space.uniform(0.5))) / dense, rel=0.01)
+
+
+def test_a_machine_that_stays_slower_is_taken_as_it_is_and_said_to_be(space, monkeypatch, caplog):
+    monkeypatch.setattr(pace, "PAUSE_S", 0.0)
+    monkeypatch.setattr(pace, "PATIENCE_S", 0.0)
+    target = SpellTarget(set(range(9, 10**6)))
+    model = Timing(target, error=0.0, most=48).model(space, prunefront_inputs())
+    assert "has become slower: the dense model takes 8% longer" in caplog.text
+    assert len(model.known.measured) == 48 and len(model.measured) >= 12
+
+
 def test_plans_fill_the_space(space):
     widths = spread_plans(space, 64, seed=0)
     assert len({tuple(row) for row in widths.tolist()}) > 60
@@ -115,7 +156,7 @@ def test_measuring_stops_when_the_error_is_small_and_is_never_done_twice(space, 
     more = Timing(target, error=0.0, most=24, cache=tmp_path / "cache").model(space, prunefront_inputs())
     assert len(more.measured) == 24 and target.measured == 40 + 8 + 2
     (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_text(json.dumps({"measured": [[[1, 2], 0.5]], "failed": [], "dense_times_ms": [1]}))
+    kept.write_text(json.dumps({"measured": [[[1, 2], 0.5, 1.0, None]], "failed": []}))
     assert len(timing.model(space, prunefront_inputs()).measured) == 16
 
 
@@ -241,7 +282,7 @@ def test_values_of_resized_inputs_are_valid():
 
 def test_a_model_needs_measured_plans(space):
     with pytest.raises(prunefront.PrunefrontError, match="at least 4"):
-        LatencyModel(space, Measurements((Measured((1, 1, 1, 1), 0.5),), (), (1.0,)))
+        LatencyModel(space, Measurements((Measured((1, 1, 1, 1), 0.5, 1.0),)))
 
 
 def fidelity(dense: nn.Module):

@@ -7,8 +7,9 @@ import optuna
 import pytest
 
 from benchmarks.sampling import SyntheticSpace, run
-from prunefront.search.allocation import choose
+from prunefront.search.allocation import AllocationSampler, choose, rising
 from prunefront.search.budget import Limits
+from prunefront.search.coordinates import Coordinates
 from prunefront.search.problem import COST_SHARE, SHARES, Problem
 from prunefront.search.sampler import FIRST_TRIALS, Scored, SurrogateSampler, expected_improvement
 from prunefront.search.surrogate import Surrogate
@@ -46,6 +47,45 @@ def test_our_samplers_beat_random_plans(sampler):
     found = np.mean([run(sampler, 8, seed, trials).regret[-1] for seed in range(3)])
     chance = np.mean([run("random", 8, seed, trials).regret[-1] for seed in range(3)])
     assert found < chance
+
+
+def test_sensitivities_are_repaired_to_the_nearest_rising_ones():
+    x, y = np.array([0.0, -1.0, 1.0, 2.0]), np.array([3.0, 1.0, 2.0, 4.0])
+    at = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
+    # 3 and 2 fall: both become their mean. Beyond the ends the last slopes go on.
+    assert rising(x, y, at).tolist() == pytest.approx([-0.5, 1.0, 2.5, 2.5, 2.5, 5.5])
+    assert rising(np.array([0.0]), np.array([1.0]), at).tolist() == [1.0] * 6
+
+
+def test_one_set_of_sensitivities_gives_an_allocation_for_every_budget_of_a_front():
+    space = SyntheticSpace(5, 0)
+    space._interaction = np.zeros_like(space._interaction)
+    dense = float(space.cost_batch(space.sizes[None])[0, 0])
+    front = Problem(space, Limits((0.8 * dense, *[np.inf] * 4)), "macs", for_front=True)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=AllocationSampler(front, 0))
+    gains, middle = [], float(np.sqrt(np.prod(front.cost_shares)))
+    for number in range(1 + 4 * 5 + 8):
+        trial = study.ask(front.distributions)
+        projector = front.projector(trial.params[COST_SHARE])
+        widths = projector.fill(np.array([trial.params[name] for name in space.dimensions]))
+        named = dict(zip(space.dimensions, widths.tolist(), strict=True))
+        trial.set_user_attr("plan", {"widths": named, "criterion": "synthetic"})
+        study.tell(trial, [float(space.value(widths[None])[0]), float(space.cost_batch(widths[None])[0, 0])])
+        near = 0.5 < trial.params[COST_SHARE] / middle < 2  # farther off, slopes are extrapolated
+        if number > 4 * 5 and near:
+            uniform = projector.fill(np.ones(len(widths)))
+            gains.append(study.trials[-1].values[0] - float(space.value(uniform[None])[0]))
+    shares = {round(t.params[COST_SHARE], 6) for t in study.trials}
+    assert len(shares) == 9 and len(gains) >= 4 and min(gains) > 0
+
+
+def test_the_surrogate_slopes_are_those_of_its_mean():
+    rng = np.random.default_rng(0)
+    points = rng.normal(0, 0.3, (30, 4))
+    surrogate = Surrogate(points, -np.exp(points.sum(1) + (points**2).sum(1)), rng)
+    at, step = rng.normal(0, 0.3, (3, 4)), 1e-5
+    moved = [(surrogate.predict(at + d)[0] - surrogate.predict(at - d)[0]) / (2 * step) for d in step * np.eye(4)]
+    assert surrogate.slopes(at) == pytest.approx(np.array(moved).T, rel=1e-4, abs=1e-6)
 
 
 def test_the_surrogate_predicts_additive_scores_of_plans_that_it_has_not_seen():
@@ -99,3 +139,17 @@ def test_a_search_that_knows_earlier_plans_starts_where_they_are_good():
         return max(float(later.problem.space.value(ask(later, fresh)[1][None])[0]) for _ in range(4))
 
     assert first(earlier) > first(None)
+
+
+def test_plans_lie_where_they_lose_outputs_as_far_as_that_is_known():
+    curve = np.array([1.0, 0.5, 0.24, 0.09, 0.0])
+    space = SyntheticSpace(2, 0)
+    space.sizes, space.lost_outputs = np.array([4, 8]), lambda criterion: [curve, None]
+    coordinates = Coordinates(space)
+    widths, criteria = np.array([[2, 4], [4, 8]]), np.zeros(2, dtype=np.int64)
+    expected = [[-np.log(0.25), np.log(0.5)], [-np.log(0.01), 0.0]]
+    assert coordinates.of(widths, criteria) == pytest.approx(np.array(expected))
+    slopes = coordinates.slopes(widths, criteria)
+    assert slopes[:, 1] == pytest.approx(1.0) and (slopes[:, 0] > 0).all()
+    between = (-np.log(0.1) + np.log(0.51)) / np.log(3)  # from one width below to one above
+    assert slopes[0, 0] == pytest.approx(between, rel=0.3)

@@ -364,3 +364,30 @@ def test_first_samples_join_batches_of_one_shape():
     assert joined["x"][:, 0].tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 2
     uneven = [torch.zeros(4, 3), torch.zeros(4, 5)]
     assert sequential.first_samples(Calibration(uneven), 10).args[0].shape == (4, 3)
+
+
+def test_lost_outputs_are_the_residuals_of_regressions():
+    torch.manual_seed(0)
+    model, data = Perceptron().eval(), torch.randn(400, 6)
+    space = prunefront.discover(model, data[:1], calibration=[data], criterion="l1", compensation="least_squares")
+    assert space.lost_outputs() == [None]  # nothing has taken moments yet
+    space.apply(space.uniform(0.5))
+    (curve,) = space.lost_outputs()
+    hidden = torch.relu(model.first(data)).detach().double()
+    hidden, weight = hidden - hidden.mean(0), model.second.weight.detach().double()
+    outputs = hidden @ weight.T
+    for width in range(1, 13):
+        units = list(dict(space.plan({space.groups[0].name: width}).kept)[space.groups[0].name])
+        fitted = hidden[:, units] @ torch.linalg.lstsq(hidden[:, units], outputs).solution
+        residual = float((outputs - fitted).square().sum() / outputs.square().sum())
+        assert curve[width] == pytest.approx(residual, abs=0.01)
+    assert curve[0] == pytest.approx(1) and curve[12] == 0 and (curve[:-1] >= curve[1:]).all()
+
+
+def test_lost_outputs_of_groups_that_no_single_consumer_has_are_unknown():
+    torch.manual_seed(0)
+    data = torch.randn(64, 4, 7)
+    space = prunefront.discover(Attention().eval(), data[:1], calibration=[data], criterion="reconstruction")
+    known = dict(zip(space.dimensions, space.lost_outputs(), strict=True))
+    assert known["up"] is not None and len(known["up"]) == 33
+    assert any(curve is None for curve in known.values())

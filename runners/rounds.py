@@ -1,0 +1,85 @@
+"""``prunefront rounds``: prune and fine-tune by turns, a little at a time, down to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ..search.budget import KEYS, LATENCY, parse_budget
+from ..search.saved import METRICS, read_json, write_json
+from ..spaces import Cost
+from ..spaces.errors import ConfigError
+from .commands import chosen_budget, discover_for, make_task, output_folder, searched
+from .display import console, finetuned_table
+from .finetuning.command import trained
+from .report import read_run
+
+#: The costs that rounds approach, with their places in a cost.
+_COSTS = {"macs": "macs", "params": "params", "memory": "memory_bytes", "size": "size_bytes"}
+
+
+def command(config: DictConfig) -> None:
+    """Search and fine-tune in rounds of ever smaller budgets, each from the model of the one before."""
+    if config.rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, not {config.rounds}")
+    if config.mode != "budget":
+        raise ConfigError("rounds go down to a budget; mode=front has none")
+    run_dir, budget = output_folder(), chosen_budget(config)
+    parse_budget(budget, Cost(1, 1, 1, 1))
+    task = make_task(config)
+    with console.status("preparing the dense model"):
+        dense = discover_for(task, task.make_model(), config).dense_cost if not _is_begun(run_dir) else _dense(run_dir)
+    start: Path | None = None if config.start is None else Path(config.start)
+    history: list[dict[str, Any]] = []
+    rows: dict[str, Mapping[str, Any]] = {}
+    for number, limits in enumerate(budgets(budget, dense, config.rounds), 1):
+        folder = run_dir / f"round{number}"
+        console.print(f"round {number} of {config.rounds}: {described(limits, dense)}", style="bold")
+        result = searched(config, limits, task, folder, start)
+        picked = result.best.name
+        (found,) = trained(config, task, folder, [picked], history).values()
+        history.append(
+            {"round": number, "budget": limits, "model": f"{folder.name}/front/{picked}", **_scores(found.metrics)}
+        )
+        rows[f"{folder.name}/{picked}"] = found.metrics
+        start = found.path
+        write_json(run_dir / "rounds.json", {"dense": vars(dense), "rounds": history})
+    console.print(finetuned_table(rows, read_run(run_dir / "round1")["dense"], task.score_name))
+    console.print(f'load    prunefront.load("{start}")', soft_wrap=True, highlight=False)
+
+
+def budgets(budget: Mapping[str, str], dense: Cost, rounds: int) -> list[dict[str, str]]:
+    """Of every round: limits that fall by the same factor from ``dense`` to ``budget``.
+
+    Raises:
+        ConfigError: a budget of latency, which is measured against the dense model of its own round.
+    """
+    if LATENCY in budget:
+        raise ConfigError("rounds have budgets of macs, flops, params, memory or size; search for a latency in the end")
+    limits = parse_budget(budget, dense).values
+    costs = {key: getattr(dense, name) for key, name in _COSTS.items() if limits[KEYS[key][0]] < float("inf")}
+    shares = {key: min(1.0, limits[KEYS[key][0]] / cost) for key, cost in costs.items()}
+    return [
+        {key: f"{costs[key] * share ** (number / rounds):.0f}" for key, share in shares.items()}
+        for number in range(1, rounds + 1)
+    ]
+
+
+def described(limits: Mapping[str, str], dense: Cost) -> str:
+    return ", ".join(f"{key} {float(limit) / getattr(dense, _COSTS[key]):.1%}" for key, limit in limits.items())
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: metrics[key] for key in ("score_before", "score", "test", "macs", "params") if key in metrics}
+
+
+def _is_begun(run_dir: Path) -> bool:
+    return (run_dir / "round1" / "dense" / METRICS).exists()
+
+
+def _dense(run_dir: Path) -> Cost:
+    kept = read_json(run_dir / "round1" / "dense" / METRICS)
+    return Cost(**{name: kept[name] for name in Cost.__dataclass_fields__})
