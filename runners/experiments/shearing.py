@@ -44,6 +44,8 @@ def run(config: DictConfig) -> None:
     shape = {key: value for key, value in plain(config.shape).items() if value is not None}
     if not shape:
         raise ConfigError(f"shape sets nothing; set some of {', '.join(f'shape.{key}' for key in KINDS)}")
+    if config.task.score != "perplexity":
+        raise ConfigError("the figure is of perplexity; leave task.score as it is")
     if config.check:
         return show_shape(config, shape)
     check_device(config.device)
@@ -204,7 +206,7 @@ def show_shape(config: DictConfig, shape: Mapping[str, int]) -> None:
         inputs["use_cache"] = False
     space = discover(model, inputs, uniform=True, criterion="l1", compensation="none")
     plan = space.plan(widths_for(space, shape))
-    candidate = space.apply(plan)
+    candidate: Any = space.apply(plan)
     check_uniform(candidate, plan.widths)
     said = {key: value for key, value in candidate.config.to_diff_dict().items() if isinstance(value, int | str)}
     console.print(described(space, plan), highlight=False)

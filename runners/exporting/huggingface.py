@@ -52,7 +52,7 @@ def export_huggingface(
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copied = copy_model(model).cpu().eval()  # tensors with memory of their own: safetensors refuses others
+        copied: Any = copy_model(model).cpu().eval()  # tensors with memory of their own: safetensors refuses others
         copied.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -116,9 +116,9 @@ def auto_class(model: nn.Module) -> Any:
     """The class of transformers that chooses the class of ``model`` by its configuration."""
     import transformers
 
-    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", *sorted(transformers.__all__)):
-        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
-        kinds = () if auto is None else getattr(auto, "_model_mapping", {}).get(type(config_of(model)), ())
+    for name in filter(lambda name: name.startswith("AutoModel"), sorted(dir(transformers))):
+        auto = getattr(transformers, name)
+        kinds = getattr(auto, "_model_mapping", {}).get(type(config_of(model)), ())
         if type(model) in (kinds if isinstance(kinds, tuple) else (kinds,)):
             return auto
     return type(model)
