@@ -263,15 +263,6 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def experiments_help() -> str:
-    """The experiments, each with what it is."""
-    lines = [(experiment.__doc__ or "").splitlines()[0], "", "usage: prunefront experiment NAME [OPTION=VALUE ...]", ""]
-    for name in EXPERIMENTS:
-        text = (resources.files("prunefront.conf") / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-        lines.append(f"  {name:11} {text.splitlines()[1].lstrip('# ')}")
-    return "\n".join(lines)
-
-
 def command_help(name: str, config_name: str) -> str:
     """The command's options with their defaults and meanings: its configuration file, and the choices beside it."""
     command, example = COMMANDS[name]

@@ -128,8 +128,8 @@ class SurrogateSampler(BaseSampler):
         space = self.problem.space
         scored = self._relevant(projector, scored)
         on_budget = self._projected(projector, scored.widths / space.sizes, scored.criteria)
-        best = np.argmax(scored.values)
-        origin = self.problem.coordinates.of(on_budget[[best]], scored.criteria[[best]])[0]
+        top = int(np.argmax(scored.values))
+        origin = self.problem.coordinates.of(on_budget[[top]], scored.criteria[[top]])[0]
         surrogate = Surrogate(self._points(scored.widths, scored.criteria, origin), scored.values, rng, self._start)
         self._start = surrogate.hyperparameters
         means, _ = surrogate.predict(self._points(on_budget, scored.criteria, origin))
@@ -195,7 +195,7 @@ class SurrogateSampler(BaseSampler):
     def _climbed(self, centres: Scored, slopes: Array, rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
         """Shares ``(CLIMBED, dimensions)``: steps from ``centres`` along ``slopes``, one a centre, and criteria."""
         chosen = rng.integers(len(centres), size=CLIMBED)
-        lengths = np.exp(rng.uniform(*np.log(_CLIMBS), (CLIMBED, 1)))
+        lengths = np.exp(rng.uniform(np.log(_CLIMBS[0]), np.log(_CLIMBS[1]), (CLIMBED, 1)))
         is_climbing = rng.random((CLIMBED, slopes.shape[1])) < rng.choice(_CLIMBING, size=(CLIMBED, 1))
         shares = centres.widths[chosen] / self.problem.space.sizes * np.exp(lengths * slopes[chosen] * is_climbing)
         return shares, centres.criteria[chosen]
@@ -213,7 +213,7 @@ class SurrogateSampler(BaseSampler):
 
     def _cost_slopes(self, projector: Projector, widths: NDArray[np.int64], criterion: str) -> Array:
         """How the tightest limit rises with the logarithm of each width ``(dimensions,)``; 0 where one is the least."""
-        fewer = self.problem.space.round_widths(0.75 * widths)
+        fewer = self.problem.space.round_widths(0.75 * widths.astype(np.float64))
         rows = np.vstack([np.where(np.eye(len(widths), dtype=bool), fewer, widths), widths])
         excess = projector.excess(rows, criterion)
         changes = np.log(fewer / widths)

@@ -75,7 +75,8 @@ class Store:
                 return proxy
             # Workers come back from a restart of the server: a connection is tried before it is used.
             options = {"pool_pre_ping": True, "pool_size": 2}
-            return RDBStorage(self.url, engine_kwargs=options)
+            url = self.url.replace("postgresql://", "postgresql+psycopg://", 1)  # the driver of today
+            return RDBStorage(url, engine_kwargs=options)
         except Exception as error:  # drivers have errors of their own
             raise StorageError(
                 f"the storage {self.kind} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}; is "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.measurement import Settings, measure
+from ...search.measurement import Settings, Target, measure
 from ...search.saved import write_json
 from ...spaces import Space, discover
 from ...spaces.calibration import precision
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 HEADING = re.compile(r"^ = ([^=].*[^=]) = $")
 #: Of the passages of every article.
 TEST_SHARE, LEAST_PASSAGES = 0.2, 10
-TARGETS = {"onnxruntime": OnnxTarget, "torch": TorchTarget, "none": None}
+TARGETS: dict[str, Callable[[], Target] | None] = {"onnxruntime": OnnxTarget, "torch": TorchTarget, "none": None}
 
 
 def run(config: DictConfig) -> None:
@@ -145,9 +145,9 @@ def write_passages(source: Path, folder: Path, words: int, seed: int) -> tuple[P
             rows[int(into)].append([passage, name])
     if len(rows[0]) < 2:
         raise ConfigError(f"text={source} has no articles of {LEAST_PASSAGES} passages under ' = Title = '")
-    for path, content in zip(paths, rows, strict=True):
+    for path, table in zip(paths, rows, strict=True):
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(content)
+            csv.writer(file).writerows(table)
     return paths
 
 

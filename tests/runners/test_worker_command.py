@@ -1,0 +1,35 @@
+"""Processes that the command line starts, and those that join."""
+
+import json
+
+from prunefront.runners import beside
+from prunefront.runners.cli import main
+from prunefront.search.liveness import WORKER
+from prunefront.search.study import finished, read_study
+
+TASK = ["task=digits", "task.epochs=2", "budget.macs=40%", "tracker=none", "finalists=1"]
+
+
+def test_workers_share_the_trials_of_a_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beside, "GRACE_S", 120)  # both shall have their turn, on a busy machine too
+    assert main(["search", *TASK, "n_trials=120", "workers=2", "run_dir=runs/a"]) == 0
+    trials = finished(read_study(tmp_path / "runs/a"))
+    assert len({t.user_attrs[WORKER]["pid"] for t in trials}) == 2
+    values = {}
+    for trial in trials:
+        values.setdefault(trial.user_attrs["plan"]["fingerprint"], set()).add(trial.values[0])
+    assert all(len(found) == 1 for found in values.values())
+    assert json.loads((tmp_path / "runs/a/result.json").read_text())["picked"]
+    capsys.readouterr()
+    assert main(["worker", "runs/a"]) == 0  # nothing is left to do, and its options are the run's
+    assert "done with runs/a" in capsys.readouterr().out
+    assert len(finished(read_study(tmp_path / "runs/a"))) == len(trials)
+    assert main(["worker", "runs/a", "budget.macs=30%"]) == 1 and "has budget" in capsys.readouterr().err
+
+
+def test_a_worker_without_a_search_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["worker", *TASK]) == 1 and "takes the folder of a search first" in capsys.readouterr().err
+    assert main(["worker", "runs/none", *TASK]) == 1 and "copy that folder" in capsys.readouterr().err
+    assert main(["search", *TASK, "workers=0", "run_dir=runs/b"]) == 1 and "at least 1" in capsys.readouterr().err
