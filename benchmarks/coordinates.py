@@ -1,10 +1,10 @@
 """Does the surrogate search better when it knows what widths lose?
 
-Run: python -m benchmarks.coordinates [--depth 56] [--budget 0.4] [--trials 50] [--seeds 0,1,2]     (PRUNEFRONT_DATA names
-     the folder of task=cifar_resnet)
+Run: python -m benchmarks.coordinates [--depth 56] [--budget 0.4] [--trials 50] [--seeds 0,1,2]
+     (PRUNEFRONT_DATA names the folder of task=cifar_resnet)
 
-The best divergence from the dense model's outputs after so many trials, with the coordinates of search/coordinates.py and
-with the logarithms of relative widths; trials that were given up in a race do not count.
+The best divergence from the dense model's outputs after so many trials, with the coordinates of search/coordinates.py
+and with the logarithms of relative widths; trials that were given up in a race do not count.
 """
 
 from __future__ import annotations
