@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..search.saved import METRICS, load, read_json, read_plan, resolve
+from ..search.saved import METRICS, load, read_json, resolve
 from ..spaces.errors import StorageError
 from ..spaces.inputs import Inputs, output_tensors
+from .exporting.inputs import stored_inputs
 
 
 def check_model(path: Path) -> Iterator[str]:
@@ -23,15 +23,13 @@ def check_model(path: Path) -> Iterator[str]:
         StorageError: what does not.
     """
     folder = resolve(path)
-    content, metrics = read_plan(folder), read_json(folder / METRICS)
+    metrics = read_json(folder / METRICS)
     model = load(folder)
     yield f"{folder}: checksums match, all weights loaded"
     params = sum(parameter.numel() for parameter in model.parameters())
     _compare("parameters", params, metrics.get("params"), folder)
     yield f"{params:,} parameters, as {METRICS} says"
-    arguments = tuple(_example(described, folder) for described in content["inputs"])
-    keywords = {name: _example(described, folder) for name, described in content.get("keyword_inputs", {}).items()}
-    inputs = Inputs(arguments, keywords)
+    inputs = stored_inputs(folder)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         outputs = _run(model, inputs, folder)
@@ -47,22 +45,6 @@ def check_model(path: Path) -> Iterator[str]:
 def _compare(name: str, found: int, expected: Any, folder: Path) -> None:
     if found != expected:
         raise StorageError(f"the model in {folder} has {found:,} {name}, and {METRICS} says {expected}")
-
-
-def _example(described: Any, folder: Path) -> Any:
-    if not isinstance(described, dict):
-        try:
-            return ast.literal_eval(described)  # a plain value
-        except (ValueError, SyntaxError) as error:
-            raise StorageError(
-                f"the model in {folder} was made for an input that is no tensor ({described})"
-            ) from error
-    dtype = getattr(torch, str(described.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise StorageError(f"the inputs in {folder} are damaged: {described}")
-    shape = described["shape"]
-    # Zero is a valid index, token or mask in any model; random numbers are not.
-    return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
 def _run(model: nn.Module, inputs: Inputs, folder: Path) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from .config import register
 from .display import errors
 from .experiments import EXPERIMENTS
 from .experiments import command as experiment
+from .exporting.command import command as export
 from .finetuning.command import command as finetune
 from .rounds import command as rounds
 from .workers import command as worker
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
+    "export": (export, "prunefront export runs/a pick.macs=50% format=onnx"),
     "worker": (worker, "prunefront worker runs/a storage=postgresql://user@host/studies"),
     "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
     "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
@@ -38,7 +40,7 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "report": (commands.report, "prunefront report runs/a"),
 }
 #: These take a run as their first argument.
-POSITIONAL = ("front", "finetune", "load-check", "report", "worker")
+POSITIONAL = ("front", "finetune", "export", "load-check", "report", "worker")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
 #: text, values of a Hugging Face configuration.
 OPEN_KEYS = (
@@ -143,8 +145,9 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
     if name == "worker":
         overrides = _joining(overrides)
-    if name == "finetune":
+    if name in ("finetune", "export"):
         overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
+    if name == "finetune":
         overrides = [*_of_the_search(overrides), *overrides]
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
 

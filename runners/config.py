@@ -321,6 +321,19 @@ class Finetune:
 
 
 @dataclass
+class Export:
+    """``prunefront export RUN``."""
+
+    run: str = MISSING
+    pick: Pick = field(default_factory=Pick)
+    finetuned: str | None = None
+    format: str = "onnx"
+    path: str | None = None
+    dynamic_batch: bool = True
+    licence: str = "not given"
+
+
+@dataclass
 class Report:
     """``prunefront report RUN``."""
 
@@ -408,6 +421,7 @@ def register() -> None:
         "finetune": Finetune,
         "rounds": Rounds,
         "worker": Search,
+        "export": Export,
         "report": Report,
         "load_check": LoadCheck,
     }

@@ -30,7 +30,7 @@ class OutputsDiffer(TargetError):
     """A runtime computes something else than torch."""
 
 
-class _OfTensors(nn.Module):
+class OfTensors(nn.Module):
     """``model`` as a function of the tensors among ``inputs``, to a tuple of the outputs that matter."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
@@ -74,9 +74,9 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
 
 def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> None:
     names = list(named_arrays(inputs))
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         torch.onnx.export(
-            _OfTensors(model, inputs), tuple(inputs.tensors()), str(path), input_names=names, verbose=False, **options
+            OfTensors(model, inputs), tuple(inputs.tensors()), str(path), input_names=names, verbose=False, **options
         )
 
 
@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's progress messages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -260,7 +260,7 @@ def test_what_the_tracing_exporter_cannot_do_or_does_wrong_is_exported_again(mon
             if not options["dynamo"]:
                 if fails:
                     raise RuntimeError("cannot trace")
-                model = exporting._OfTensors(Net(8), Inputs.of(INPUTS))  # other weights
+                model = exporting.OfTensors(Net(8), Inputs.of(INPUTS))  # other weights
             real(model, *arguments, **options)
 
         return export
@@ -273,7 +273,7 @@ def test_what_the_tracing_exporter_cannot_do_or_does_wrong_is_exported_again(mon
 
 
 def test_outputs_that_differ_are_refused_also_over_ssh(sshd, monkeypatch):
-    monkeypatch.setattr(exporting, "_OfTensors", lambda model, inputs: Net(16).eval())  # other weights in every export
+    monkeypatch.setattr(exporting, "OfTensors", lambda model, inputs: Net(16).eval())  # other weights in every export
     for target in (OnnxTarget(threads=1), board(sshd)):
         with pytest.raises(TargetError, match="differ from torch's"):
             measure(Net(16), INPUTS, target, settings=QUICK)

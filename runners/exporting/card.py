@@ -1,0 +1,62 @@
+"""A card that says what an exported model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: Costs and scores of a card, in this order.
+NUMBERS = {
+    "test": "test score",
+    "score": "score on the search split",
+    "macs": "multiply-accumulates of one example",
+    "params": "parameters",
+    "latency_ms": "latency (ms)",
+    "memory_bytes": "peak of the activations (bytes)",
+}
+
+
+def write_card(
+    path: Path, title: str, run: Mapping[str, Any], metrics: Mapping[str, Any], widths: Mapping[str, int], licence: str
+) -> None:
+    """Write ``path``: what was pruned and how, numbers beside the dense model's, widths, the licence of the base."""
+    search, dense = run["space"]["search"], run["dense"]
+    budget = ", ".join(f"{key} {value}" for key, value in search["budget"].items()) or "none"
+    rows = [
+        f"| {label} | {_number(metrics[key])} | {_number(dense.get(key))} | {_share(metrics[key], dense.get(key))} |"
+        for key, label in NUMBERS.items()
+        if metrics.get(key) is not None
+    ]
+    sizes = {group["name"]: group["size"] for group in run["space"]["groups"]}
+    kept = [f"| {name} | {width} | {sizes.get(name, '')} |" for name, width in widths.items()]
+    steps = f"fine-tuned for {metrics['steps']:,} steps" if "steps" in metrics else "not fine-tuned"
+    lines = [
+        f"# {title}",
+        "",
+        "Structurally pruned with [prunefront](https://pypi.org/project/prunefront/): a smaller model, without masks.",
+        "",
+        f"- search: mode {search['mode']}, budget {budget}",
+        f"- units by {search['criterion']}, repaired by {search['compensation']}, {steps}",
+        f"- licence of the model that was pruned: {licence}",
+        "",
+        "| | this model | dense | of dense |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        "| group | width | dense |",
+        "| --- | --- | --- |",
+        *kept,
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _share(value: Any, dense: Any) -> str:
+    return f"{value / dense:.1%}" if dense else ""

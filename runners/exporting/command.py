@@ -1,0 +1,58 @@
+"""``prunefront export``: a picked model of a run as a file of other programs, checked, with a card beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ...search.saved import FINETUNED, METRICS, load, read_json, read_plan
+from ...spaces.errors import ConfigError
+from ..display import console, errors
+from ..finetuning.command import picks
+from ..report import read_run
+from .card import write_card
+from .formats import FORMATS
+from .huggingface import export_huggingface
+from .inputs import stored_inputs
+
+HUGGINGFACE = "huggingface"
+CARD = "README.md"
+
+
+def command(config: DictConfig) -> None:
+    """Write a picked model as ONNX, a torch.export program, safetensors, OpenVINO or a Hugging Face checkpoint."""
+    known = [*FORMATS, HUGGINGFACE]
+    if config.format not in known:
+        raise ConfigError(f"format must be one of {', '.join(known)}, not {config.format!r}")
+    run_dir = Path(config.run)
+    run = read_run(run_dir)
+    for name in picks(run, config.pick):
+        source = run_dir / "front" / name if name != "dense" else run_dir / "dense"
+        if config.finetuned is not None:
+            source = source / FINETUNED / config.finetuned
+        folder = Path(config.path) if config.path else source / "export" / config.format
+        with errors.status(f"exporting {source}"):
+            export(source, folder, config.format, config.dynamic_batch)
+            widths = read_plan(source)["widths"] or {}
+            write_card(
+                folder / CARD, f"{run_dir.name}/{name}", run, read_json(source / METRICS), widths, config.licence
+            )
+        console.print(f"{config.format}  {folder}", soft_wrap=True, highlight=False)
+
+
+def export(source: Path, folder: Path, name: str, dynamic_batch: bool) -> None:
+    """The saved model in ``source`` in the format ``name``, run and compared, in ``folder``.
+
+    Raises:
+        ConfigError: the format cannot take the model.
+        StorageError: the model cannot be loaded, or the folder holds something else.
+    """
+    model = load(source)
+    if name == HUGGINGFACE:
+        export_huggingface(model, folder, stored_inputs(source), widths=read_plan(source)["widths"])
+        return
+    write, ending = FORMATS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = (2, 3, 1) if dynamic_batch else (None,)
+    write(model.cpu(), [stored_inputs(source, size) for size in sizes], folder / f"model{ending}")
