@@ -7,6 +7,7 @@ squares, not by masks that are learnt in training.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,14 @@ def figure(found: Mapping[str, Any]) -> go.Figure:
         told = {"x": [p["tokens"] for p in row["curve"]], "y": [p["perplexity"] for p in row["curve"]]}
         label = "pruned, trained on" if name == PRUNED else f"from scratch, {name.removeprefix('scratch_')} the tokens"
         drawn.add_scatter(**told, name=label, mode="lines+markers", line={"color": color})
-    drawn.add_hline(found["dense"]["perplexity"], line={"color": DARK, "dash": "dot"}, annotation_text="dense")
+    dense = found["dense"]["perplexity"]
+    most = max(point["tokens"] for row in found["trained"].values() for point in row["curve"])
+    drawn.add_scatter(x=[0, most], y=[dense] * 2, name="dense", mode="lines", line={"color": DARK, "dash": "dot"})
     drawn.update_layout(template="plotly_white", xaxis_title="tokens of training", width=820, height=460)
     drawn.update_layout(legend={"x": 0.98, "y": 0.98, "xanchor": "right"}, margin={"l": 60, "r": 20, "t": 30, "b": 50})
-    drawn.update_yaxes(type="log", title="perplexity on the search split")
+    # Untrained models are off the chart: what matters is near the dense one.
+    shown = [math.log10(0.9 * dense), math.log10(5 * dense)]
+    drawn.update_yaxes(type="log", range=shown, dtick="D1", title="perplexity on the search split")
     return drawn
 
 
