@@ -357,7 +357,6 @@ class Shearing:
     task: Any = MISSING
     space: Any = MISSING
     finetune: Any = MISSING
-    tracker: Any = None
     shape: Shape = field(default_factory=Shape)
     tokens: int = 500_000
     scratch: list[float] = field(default_factory=list)

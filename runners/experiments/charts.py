@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 WIDTH, HEIGHT = 760, 440
@@ -24,9 +24,16 @@ class Line:
     y: Sequence[float]
     is_dashed: bool = False
 
+    def below(self, highest: float) -> Line:
+        kept = [(x, y) for x, y in zip(self.x, self.y, strict=True) if y <= highest]
+        return replace(self, x=[x for x, _ in kept], y=[y for _, y in kept])
 
-def line_chart(path: Path, title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> None:
-    """Write ``lines`` as a chart to ``path``."""
+
+def line_chart(
+    path: Path, title: str, x_label: str, y_label: str, lines: Sequence[Line], highest: float = math.inf
+) -> None:
+    """Write ``lines`` as a chart to ``path``; what is above ``highest`` is left out."""
+    lines = [line.below(highest) for line in lines]
     xs, ys = [x for line in lines for x in line.x], [y for line in lines for y in line.y]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -39,10 +46,10 @@ def line_chart(path: Path, title: str, x_label: str, y_label: str, lines: Sequen
     parts = [_text(LEFT, 24, title, 'font-size="15" font-weight="600"')]
     for tick in x_ticks:
         x, _ = at(tick, y_ticks[0])
-        parts += [_rule(x, TOP, x, bottom), _text(x, bottom + 18, f"{tick:g}", 'text-anchor="middle"')]
+        parts += [_rule(x, TOP, x, bottom), _text(x, bottom + 18, label(tick), 'text-anchor="middle"')]
     for tick in y_ticks:
         _, y = at(x_ticks[0], tick)
-        parts += [_rule(LEFT, y, right, y), _text(LEFT - 8, y + 4, f"{tick:g}", 'text-anchor="end"')]
+        parts += [_rule(LEFT, y, right, y), _text(LEFT - 8, y + 4, label(tick), 'text-anchor="end"')]
     parts.append(_text((LEFT + right) / 2, HEIGHT - 12, x_label, 'text-anchor="middle"'))
     middle = (TOP + bottom) / 2
     parts.append(_text(16, middle, y_label, f'text-anchor="middle" transform="rotate(-90 16 {middle})"'))
@@ -73,6 +80,14 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+
+
+def label(tick: float) -> str:
+    """Short: 250k, 1.5M."""
+    for size, unit in ((1e6, "M"), (1e4, "k")):
+        if abs(tick) >= size:
+            return f"{tick / (1e6 if unit == 'M' else 1e3):g}{unit}"
+    return f"{tick:g}"
 
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:

@@ -7,12 +7,10 @@ squares, not by masks that are learnt in training.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
@@ -27,13 +25,13 @@ from ...spaces.huggingface import from_config
 from ..commands import make_task, plain, prepare
 from ..display import TrainingProgress, console
 from ..exporting.huggingface import check_uniform, export_huggingface
-from ..figures import BLUE, DARK, GREY, RED
 from ..finetuning import Finetuned, Recipe, finetune
 from ..finetuning.command import check_device
 from ..tasks import Task
 from ..tasks.hf_causal_lm import AUTO
 from ..tasks.huggingface import config_for, takes
 from ..tasks.vocabulary import transformers
+from .charts import Line, line_chart
 
 #: What a shape sets, by the kinds of the groups that it sets it for.
 KINDS = {"hidden": ("hidden",), "layers": ("block",), "heads": ("head", "kv_group"), "neurons": ("neuron",)}
@@ -61,9 +59,9 @@ def run(config: DictConfig) -> None:
         trained[name] = train(config, task, scratch(pruned, config.seed), plan, run_dir / name, share)
     export(trained[PRUNED], task, plan, run_dir / "checkpoint")
     write_json(run_dir / "results.json", results(dense, trained, tokens_of(task)))
-    figure(json.loads((run_dir / "results.json").read_text())).write_html(run_dir / "figure.html")
+    draw(json.loads((run_dir / "results.json").read_text()), run_dir / "shearing.svg")
     console.print(table(dense, trained, tokens_of(task)))
-    console.print(f"figure  {run_dir / 'figure.html'}", soft_wrap=True, highlight=False)
+    console.print(f"figure  {run_dir / 'shearing.svg'}", soft_wrap=True, highlight=False)
     console.print(f'load    prunefront.load("{run_dir / PRUNED}")', soft_wrap=True, highlight=False)
     console.print(f"export  {run_dir / 'checkpoint'}", soft_wrap=True, highlight=False)
 
@@ -159,23 +157,16 @@ def results(dense: Mapping[str, float], trained: Mapping[str, Finetuned], tokens
     return {"dense": known | ({"test_perplexity": -dense["test"]} if "test" in dense else {}), "trained": rows}
 
 
-def figure(found: Mapping[str, Any]) -> go.Figure:
-    """Perplexity on the search split against tokens of training."""
-    drawn = go.Figure()
-    colors = [BLUE, RED, GREY, DARK]
-    for color, (name, row) in zip(colors, found["trained"].items(), strict=False):
-        told = {"x": [p["tokens"] for p in row["curve"]], "y": [p["perplexity"] for p in row["curve"]]}
-        label = "pruned, trained on" if name == PRUNED else f"from scratch, {name.removeprefix('scratch_')} the tokens"
-        drawn.add_scatter(**told, name=label, mode="lines+markers", line={"color": color})
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Perplexity on the search split against tokens of training. Untrained models are off the chart."""
+    lines = []
+    for name, row in found["trained"].items():
+        label = "pruned" if name == PRUNED else f"scratch, {name.removeprefix('scratch_')} tokens"
+        lines.append(Line(label, [p["tokens"] for p in row["curve"]], [p["perplexity"] for p in row["curve"]]))
     dense = found["dense"]["perplexity"]
     most = max(point["tokens"] for row in found["trained"].values() for point in row["curve"])
-    drawn.add_scatter(x=[0, most], y=[dense] * 2, name="dense", mode="lines", line={"color": DARK, "dash": "dot"})
-    drawn.update_layout(template="plotly_white", xaxis_title="tokens of training", width=820, height=460)
-    drawn.update_layout(legend={"x": 0.98, "y": 0.98, "xanchor": "right"}, margin={"l": 60, "r": 20, "t": 30, "b": 50})
-    # Untrained models are off the chart: what matters is near the dense one.
-    shown = [math.log10(0.9 * dense), math.log10(5 * dense)]
-    drawn.update_yaxes(type="log", range=shown, dtick="D1", title="perplexity on the search split")
-    return drawn
+    lines.append(Line("dense", [0, most], [dense, dense], is_dashed=True))
+    line_chart(path, "Pruned against from scratch", "tokens of training", "perplexity, search split", lines, 4 * dense)
 
 
 def described(space: Space, plan: Plan) -> str:

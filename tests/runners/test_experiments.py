@@ -9,7 +9,7 @@ import torch
 
 from prunefront.runners.cli import main
 from prunefront.runners.experiments import li2016, michel2019
-from prunefront.runners.experiments.charts import Line, line_chart, ticks
+from prunefront.runners.experiments.charts import Line, label, line_chart, ticks
 from prunefront.runners.experiments.steps import Steps
 from prunefront.spaces import discover
 from prunefront.spaces.errors import ConfigError, SearchError
@@ -24,6 +24,7 @@ WORDS = {
 def test_ticks_are_round_and_hold_the_values():
     assert ticks(0.13, 0.87) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(5, 5)[0] <= 5 <= ticks(5, 5)[-1]
+    assert [label(tick) for tick in (0, 0.25, 7500, 25e4, 15e5)] == ["0", "0.25", "7500", "250k", "1.5M"]
 
 
 def test_a_chart_is_a_picture_with_every_line_and_name(tmp_path):

@@ -55,8 +55,8 @@ def test_a_shape_is_pruned_trained_compared_and_exported(run, tmp_path, capsys):
     assert len({row["params"] for row in found["trained"].values()}) == 1 and all(
         row["test_perplexity"] > 1 for row in found["trained"].values()
     )
-    figure = (tmp_path / "run" / "figure.html").read_text()
-    assert all(f"from scratch, {share}x the tokens" in figure for share in (1, 3))
+    figure = (tmp_path / "run" / "shearing.svg").read_text()
+    assert all(f"scratch, {share}x tokens" in figure for share in (1, 3))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").eval()
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.intermediate_size) == (16, 1, 24)
     pruned, ids = prunefront.load(tmp_path / "run" / "pruned"), torch.randint(256, (1, 32))
