@@ -41,6 +41,8 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
 }
 #: These take a run as their first argument.
 POSITIONAL = ("front", "finetune", "export", "load-check", "report", "worker")
+#: These print JSON for other programs on demand.
+WITH_JSON = ("space", "measure", "front")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
 #: text, values of a Hugging Face configuration.
 OPEN_KEYS = (
@@ -130,10 +132,8 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
         overrides[0] = f"run={_quoted(overrides[0])}"
     if "--json" in overrides:
-        if name not in ("space", "measure"):
-            raise ConfigError(
-                f"--json is an option of prunefront space and measure; prunefront {name} does not have it"
-            )
+        if name not in WITH_JSON:
+            raise ConfigError(f"--json is an option of {', '.join(WITH_JSON)}; prunefront {name} does not have it")
         overrides = ["json=true" if argument == "--json" else argument for argument in overrides]
     resumed = [a for a in overrides if a.startswith("resume=")]
     if resumed:

@@ -31,12 +31,12 @@ from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
-from ..spaces.errors import ConfigError, PrunefrontError, SearchError
+from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .beside import beside
 from .check import check_model
-from .display import SearchProgress, console, errors, front_table, latency_view, space_view, stairs_view
+from .display import SearchProgress, console, errors, front_table, latency_view, multirun_table, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .report import read_run, write_report
 from .tasks import Task
@@ -44,6 +44,8 @@ from .tracking import Guarded
 
 #: The budget of a search that names none.
 DEFAULT_BUDGET = {"macs": "50%"}
+#: What Hydra leaves in the folder of several runs.
+MULTIRUN = "multirun.yaml"
 #: What latency was predicted from, in the run's folder.
 LATENCY_FILE = "latency.json"
 #: Keys of a task that a search makes no use of: other values are no other task.
@@ -344,14 +346,60 @@ def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None
 
 
 def front(config: DictConfig) -> None:
-    """Show the front of a run; with a budget, what holds it and the best of that."""
-    run_dir = Path(config.run)
+    """Show the front of a run, or the picks of a multirun; with a budget, what holds it and the best of that."""
+    run_dir, budget = Path(config.run), given_budget(config)
+    if (run_dir / MULTIRUN).exists():
+        return show_multirun(run_dir, budget, config.json)
     run = read_run(run_dir)
     entries, picked = run["front"], run["picked"]
-    if budget := given_budget(config):
+    if budget:
         picked, entries = best_within(run, budget)
+    if config.json:
+        print(json.dumps({"picked": picked, "front": entries, "dense": run["dense"]}, indent=1))
+        return
     console.print(front_table(entries, picked, run["dense"]))
     console.print(f'load    prunefront.load("{run_dir / "front" / picked}")', soft_wrap=True, highlight=False)
+
+
+def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> None:
+    """One row a run: what was set in it, and its pick, or its best within ``budget``.
+
+    Raises:
+        SearchError: no run is finished, or none has a model within the budget.
+    """
+    rows = []
+    for run_dir in sorted(filter(Path.is_dir, folder.iterdir()), key=lambda path: (len(path.name), path.name)):
+        try:
+            run = read_run(run_dir)
+            name = best_within(run, budget)[0] if budget else run["picked"]
+        except (StorageError, SearchError) as error:
+            errors.print(f"{run_dir} is left out: {error}", style="yellow", highlight=False, soft_wrap=True)
+            continue
+        entry = next(entry for entry in run["front"] if entry["name"] == name)
+        rows.append({"run": str(run_dir), "overrides": own_overrides(run_dir), "dense": run["dense"], **entry})
+    if not rows:
+        raise SearchError(f"no finished run in {folder} has a model to show")
+    differing = differing_overrides([row["overrides"] for row in rows])
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    best = max(rows, key=lambda row: row["score"])
+    console.print(multirun_table(rows, differing, best["run"]))
+    console.print(
+        f'load    prunefront.load("{Path(best["run"]) / "front" / best["name"]}")', soft_wrap=True, highlight=False
+    )
+
+
+def own_overrides(run_dir: Path) -> list[str]:
+    """What the run was started with; nothing where that is not known."""
+    path = run_dir / ".hydra" / "overrides.yaml"
+    return [str(text) for text in OmegaConf.load(path)] if path.exists() else []
+
+
+def differing_overrides(by_run: Sequence[Sequence[str]]) -> list[str]:
+    """Of every run, those that not all have, as one text."""
+    shared = set(by_run[0]).intersection(*by_run[1:])
+    return [" ".join(text for text in overrides if text not in shared) or "-" for overrides in by_run]
 
 
 def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:

@@ -254,6 +254,7 @@ class Front:
 
     run: str = MISSING
     budget: Budget = field(default_factory=Budget)
+    json: bool = False
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,22 @@ def front_table(
     table.add_row(f"picked ({picked})", *_cells(chosen, dense), style="bold green", end_section=True)
     for entry in entries:
         table.add_row(entry["name"], *_cells(entry, dense))
+    return table
+
+
+def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], best: str) -> Table:
+    """``rows``: name and metrics of the pick of each ``run``, with those of its ``dense`` model."""
+    table = Table(caption="shares are of the dense model of each run; the best score is marked")
+    table.add_column("run")
+    table.add_column("overrides")
+    shown = {key: kind for key, kind in _KINDS.items() if any(key in row for row in rows)}
+    if any("latency_ratio" in row for row in rows):
+        shown["latency_ms"] = ("latency", _milliseconds)
+    for heading, _ in shown.values():
+        table.add_column(heading.format(score="score"), justify="right")
+    for row, text in zip(rows, overrides, strict=True):
+        cells = [kind(row.get(key), row["dense"].get(key)) for key, (_, kind) in shown.items()]
+        table.add_row(Path(row["run"]).name, text, *cells, style="bold green" if row["run"] == best else None)
     return table
 
 

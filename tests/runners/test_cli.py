@@ -65,6 +65,23 @@ def test_every_combination_of_a_multirun_has_its_own_run(in_tmp, tiny):
     assert limits == [{"macs": "40%"}, {"macs": "60%"}]
 
 
+def test_the_picks_of_a_multirun_are_one_table(digits_run, tmp_path, capsys):
+    for name, share in (("0", "40%"), ("1", "60%")):
+        shutil.copytree(digits_run, tmp_path / "m" / name)
+        (tmp_path / "m" / name / ".hydra" / "overrides.yaml").write_text(f"- seed=3\n- budget.macs={share}\n")
+    (tmp_path / "m" / "2").mkdir()
+    (tmp_path / "m" / "multirun.yaml").write_text("")
+    assert main(["front", str(tmp_path / "m")]) == 0
+    shown = capsys.readouterr()
+    assert "budget.macs=40%" in shown.out and "seed=3" not in shown.out and "2 is left out" in shown.err
+    assert main(["front", str(tmp_path / "m"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["overrides"][1] for row in rows] == ["budget.macs=40%", "budget.macs=60%"] and rows[0]["score"] > 0
+    assert (
+        main(["front", str(tmp_path / "m"), "budget.macs=0.1%"]) == 1 and "no finished run" in capsys.readouterr().err
+    )
+
+
 def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
     options = ["space.criterion=[l1,taylor]", "space.compensation=sequential"]
     assert main(["search", *tiny, *options, "tracker=none", "run_dir=c"]) == 0
