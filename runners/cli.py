@@ -23,6 +23,7 @@ from .experiments import EXPERIMENTS
 from .experiments import command as experiment
 from .exporting.command import command as export
 from .finetuning.command import command as finetune
+from .picking import pick, show
 from .rounds import command as rounds
 from .workers import command as worker
 
@@ -31,6 +32,8 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "search": (commands.search, "prunefront search task=digits budget.macs=40% n_trials=200"),
     "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
     "front": (commands.front, "prunefront front runs/a budget.macs=30%"),
+    "pick": (pick, "prunefront pick runs/a pick.macs=30%"),
+    "show": (show, "prunefront show runs/a"),
     "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
     "export": (export, "prunefront export runs/a pick.macs=50% format=onnx"),
     "worker": (worker, "prunefront worker runs/a storage=postgresql://user@host/studies"),
@@ -40,9 +43,9 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "report": (commands.report, "prunefront report runs/a"),
 }
 #: These take a run as their first argument.
-POSITIONAL = ("front", "finetune", "export", "load-check", "report", "worker")
+POSITIONAL = ("front", "pick", "show", "finetune", "export", "load-check", "report", "worker")
 #: These print JSON for other programs on demand.
-WITH_JSON = ("space", "measure", "front")
+WITH_JSON = ("space", "measure", "front", "pick", "show")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
 #: text, values of a Hugging Face configuration.
 OPEN_KEYS = (
@@ -145,7 +148,7 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
     if name == "worker":
         overrides = _joining(overrides)
-    if name in ("finetune", "export"):
+    if name in ("pick", "show", "finetune", "export"):
         overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
     if name == "finetune":
         overrides = [*_of_the_search(overrides), *overrides]

@@ -335,6 +335,15 @@ class Export:
 
 
 @dataclass
+class OneModel:
+    """``prunefront pick RUN`` and ``prunefront show RUN``."""
+
+    run: str = MISSING
+    pick: Pick = field(default_factory=Pick)
+    json: bool = False
+
+
+@dataclass
 class Report:
     """``prunefront report RUN``."""
 
@@ -422,6 +431,8 @@ def register() -> None:
         "rounds": Rounds,
         "worker": Search,
         "export": Export,
+        "pick": OneModel,
+        "show": OneModel,
         "report": Report,
         "load_check": LoadCheck,
     }

@@ -166,6 +166,14 @@ def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], 
     return table
 
 
+#: Characters of a full bar.
+BAR = 20
+
+
+def bar(share: float) -> str:
+    return "█" * round(BAR * share)
+
+
 def _milliseconds(value: float | None, dense: float | None) -> str:
     if value is None:
         return "-"

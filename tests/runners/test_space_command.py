@@ -189,7 +189,7 @@ def test_nothing_but_json_on_stdout(option, capsys):
 @pytest.mark.parametrize("command", ["search", "front", "report", "load-check"])
 def test_other_commands_refuse_json(command, capsys):
     assert main([command, "a", "--json"]) == 1
-    assert "--json is an option of prunefront space and measure" in " ".join(capsys.readouterr().err.split())
+    assert "--json is an option of space, measure, front, pick, show" in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_tells_of_json(capsys):

@@ -1,0 +1,26 @@
+"""One model of a run: its folder for programs, its widths for people."""
+
+import json
+
+import prunefront
+from prunefront.runners.cli import main
+from prunefront.search.saved import resolve
+
+
+def test_the_folder_of_a_pick_is_all_that_is_printed(digits_run, capsys):
+    assert main(["pick", str(digits_run)]) == 0
+    path = capsys.readouterr().out.strip()
+    assert path == str(resolve(digits_run)) and prunefront.load(path) is not None
+    assert main(["pick", str(digits_run), "pick.macs=60%", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [path]
+    assert main(["pick", str(digits_run), "pick.macs=1%"]) == 1 and "search with it" in capsys.readouterr().err
+
+
+def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys):
+    assert main(["show", str(digits_run)]) == 0
+    shown = capsys.readouterr().out
+    assert main(["show", str(digits_run), "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert all(group["name"] in shown and 1 <= group["width"] <= group["size"] for group in model["groups"])
+    assert "\x1b" not in shown and max(map(len, shown.splitlines()[:-1])) <= 80
+    assert model["path"] in shown.replace("\n", "")
