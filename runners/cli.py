@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from . import commands
 from .config import register
+from .dashboard import command as dashboard
 from .display import errors
 from .experiments import EXPERIMENTS
 from .experiments import command as experiment
@@ -40,10 +41,11 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
     "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
+    "dashboard": (dashboard, "prunefront dashboard runs/a"),
     "report": (commands.report, "prunefront report runs/a"),
 }
 #: These take a run as their first argument.
-POSITIONAL = ("front", "pick", "show", "finetune", "export", "load-check", "report", "worker")
+POSITIONAL = ("front", "pick", "show", "dashboard", "finetune", "export", "load-check", "report", "worker")
 #: These print JSON for other programs on demand.
 WITH_JSON = ("space", "measure", "front", "pick", "show")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of

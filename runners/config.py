@@ -335,6 +335,15 @@ class Export:
 
 
 @dataclass
+class Dashboard:
+    """``prunefront dashboard RUN``."""
+
+    run: str = MISSING
+    host: str = "localhost"
+    port: int = 8080
+
+
+@dataclass
 class OneModel:
     """``prunefront pick RUN`` and ``prunefront show RUN``."""
 
@@ -431,6 +440,7 @@ def register() -> None:
         "rounds": Rounds,
         "worker": Search,
         "export": Export,
+        "dashboard": Dashboard,
         "pick": OneModel,
         "show": OneModel,
         "report": Report,

@@ -402,6 +402,8 @@ class _Run:
             described = {"fingerprint": plan.fingerprint, "widths": plan.widths, "criterion": criterion}
             trial.set_user_attr("plan", described)
             trial.set_user_attr("costs", costs)
+            for key, excess in self.problem.excesses(costs).items():
+                trial.set_constraint(key, excess)
         cost = costs[self.problem.objective]
         value = self.known().get(plan.fingerprint)
         if value is None:

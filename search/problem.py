@@ -70,6 +70,13 @@ class Problem:
             cost[LATENCY_MS] = float(self.latency.ratios(widths[None], criterion)[0]) * self.latency.dense_ms
         return plan, cost
 
+    def excesses(self, costs: Mapping[str, float]) -> dict[str, float]:
+        """By limited cost the share by which a plan's is above its limit: at most 0, as Optuna's constraints are."""
+        dense_ms = 1.0 if self.latency is None else self.latency.dense_ms
+        scales = {LATENCY_MS: dense_ms}
+        limits = zip(COLUMNS, self.limits.values, strict=True)
+        return {key: costs[key] / (limit * scales.get(key, 1.0)) - 1 for key, limit in limits if np.isfinite(limit)}
+
     def projector(self, cost_share: float | None = None) -> Projector:
         """Onto the limits, with that of the objective at ``cost_share`` of the dense cost."""
         limits = self.limits

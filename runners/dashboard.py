@@ -1,0 +1,25 @@
+"""``prunefront dashboard``: Optuna's own dashboard on the study of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ..search.study import JOURNAL, read_study, storage_of
+from ..spaces.errors import ConfigError
+from .display import console
+
+
+def command(config: DictConfig) -> None:
+    """Open optuna-dashboard on the study of a run, finished or not: every trial with its plan, costs and constraints."""
+    run_dir = Path(config.run)
+    study = read_study(run_dir)
+    if importlib.util.find_spec("optuna_dashboard") is None:
+        raise ConfigError("the dashboard is Optuna's: pip install 'prunefront[dashboard]'")
+    from optuna_dashboard import run_server
+
+    console.print(f"{len(study.get_trials(deepcopy=False))} trials of {run_dir}", highlight=False)
+    console.print(f"http://{config.host}:{config.port}/dashboard  (Ctrl-C ends)", highlight=False, soft_wrap=True)
+    run_server(storage_of(run_dir / JOURNAL), host=config.host, port=config.port)
