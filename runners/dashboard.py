@@ -13,7 +13,7 @@ from .display import console
 
 
 def command(config: DictConfig) -> None:
-    """Open optuna-dashboard on the study of a run, finished or not: every trial with its plan, costs and constraints."""
+    """Open optuna-dashboard on the study of a run, finished or not: all trials with plans, costs and constraints."""
     run_dir = Path(config.run)
     study = read_study(run_dir)
     if importlib.util.find_spec("optuna_dashboard") is None:
