@@ -257,6 +257,7 @@ def budget(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namesp
             n_trials=options.trials,
             run_dir=run_dir,
             autocast=task.autocast,
+            round_to=options.round_to,
             timing=timing,
         )
         seconds = time.perf_counter() - start
@@ -274,6 +275,7 @@ def budget(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namesp
         "macs_share": result.best.metrics["macs"] / result.space.dense_cost.macs,
         "measured_again": again.to_json(),
         "trials": options.trials,
+        "round_to": options.round_to,
         "seconds": seconds,
         "seconds_by_part": dict(result.seconds),
     }
@@ -316,6 +318,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plans", type=int, default=max(COUNTS), help="measured for the latency model")
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--trials", type=int, default=100, help="of the search within a budget")
+    parser.add_argument("--round-to", type=int, default=4, help="widths of the search are multiples of this")
     parser.add_argument("--measurement-s", type=float, default=10.0, help="at most, of a measurement")
     parser.add_argument("--out", type=Path, help="JSON")
     chosen = parser.parse_args()

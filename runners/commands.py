@@ -88,6 +88,8 @@ def searched(
             near = budget if config.mode == "budget" else None
             latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
         told = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
+        if (even := latency.steps.inputs) > 1:
+            told += f"; widths that are multiples of {even} are faster: space.round_to={even} keeps to them"
         console.print(told, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
         write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same

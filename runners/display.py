@@ -154,8 +154,8 @@ def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], 
     """``rows``: name and metrics of the pick of each ``run``, with those of its ``dense`` model."""
     table = Table(caption="shares are of the dense model of each run; the best score is marked")
     table.add_column("run")
-    table.add_column("overrides")
-    shown = {key: kind for key, kind in _KINDS.items() if any(key in row for row in rows)}
+    table.add_column("overrides", no_wrap=len(max(overrides, key=len)) <= MOST_OVERRIDES)
+    shown = {key: kind for key, kind in _KINDS.items() if key != "params" and any(key in row for row in rows)}
     if any("latency_ratio" in row for row in rows):
         shown["latency_ms"] = ("latency", _milliseconds)
     for heading, _ in shown.values():
@@ -166,8 +166,8 @@ def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], 
     return table
 
 
-#: Characters of a full bar.
-BAR = 20
+#: Characters of a full bar, and of overrides that have a line of their own.
+BAR, MOST_OVERRIDES = 20, 32
 
 
 def bar(share: float) -> str:
