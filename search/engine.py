@@ -402,7 +402,9 @@ class _Run:
             described = {"fingerprint": plan.fingerprint, "widths": plan.widths, "criterion": criterion}
             trial.set_user_attr("plan", described)
             trial.set_user_attr("costs", costs)
-            for key, excess in self.problem.excesses(costs).items():
+            excesses = self.problem.excesses(costs)
+            trial.set_user_attr("constraints", excesses)  # the dashboard does not show Optuna's own yet
+            for key, excess in excesses.items():
                 trial.set_constraint(key, excess)
         cost = costs[self.problem.objective]
         value = self.known().get(plan.fingerprint)

@@ -1,7 +1,6 @@
 """Optuna's dashboard on a run, asked as a browser asks it."""
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -36,10 +35,9 @@ def test_the_dashboard_shows_plans_costs_and_constraints(digits_run):
         (study,) = asked("studies")["study_summaries"]
         detail = asked(f"studies/{study['study_id']}")
         trial = next(t for t in detail["trials"] if t["state"] == "Complete")
-        attributes = {entry["key"] for entry in trial["user_attrs"]}
-        assert {"plan", "costs"} <= attributes and trial["constraints"][0] <= 0
+        assert {"plan", "costs", "constraints"} <= {entry["key"] for entry in trial["user_attrs"]}
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
 
 

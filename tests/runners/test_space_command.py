@@ -186,7 +186,7 @@ def test_nothing_but_json_on_stdout(option, capsys):
     assert "a message of the model's own" in shown.err and "a warning of the model's own" in shown.err
 
 
-@pytest.mark.parametrize("command", ["search", "front", "report", "load-check"])
+@pytest.mark.parametrize("command", ["search", "export", "report", "load-check"])
 def test_other_commands_refuse_json(command, capsys):
     assert main([command, "a", "--json"]) == 1
     assert "--json is an option of space, measure, front, pick, show" in " ".join(capsys.readouterr().err.split())

@@ -157,7 +157,7 @@ def test_time_side_by_side_stops_in_time_and_pairs_rounds():
 
 @pytest.mark.parametrize("is_always_busy", [False, True])
 def test_rounds_beside_other_work_are_left_out_where_there_are_others(monkeypatch, is_always_busy):
-    started, seconds = time.perf_counter(), [0.0]
+    started = time.perf_counter()
 
     def is_busy() -> bool:  # at first both processors, then none
         return is_always_busy or time.perf_counter() - started < 0.6
@@ -166,15 +166,16 @@ def test_rounds_beside_other_work_are_left_out_where_there_are_others(monkeypatc
         return 5.0 if is_busy() else 1.0
 
     def others() -> float:
-        seconds[0] += 1.0 if is_busy() else 0.0
-        return seconds[0]
+        passed = time.perf_counter() - started
+        return 2 * (passed if is_always_busy else min(passed, 0.6))
 
     monkeypatch.setattr(protocol, "_others_s", others)
     samples, facts = time_side_by_side([run], limit_s=1.5)
     if is_always_busy:
         assert set(samples[0]) == {5.0} and facts["load"] > 1 and facts["rounds_left_out"] == 0
     else:
-        assert set(samples[0]) == {1.0} and facts["load"] == 0 and facts["rounds_left_out"] > 0
+        assert samples[0].count(5.0) < 0.2 * len(samples[0])  # the end of the disturbance, within one window
+        assert facts["load"] <= protocol.BUSY and facts["rounds_left_out"] > 0
 
 
 def test_the_work_of_others_is_seen_and_that_of_ones_own_is_not():
