@@ -20,7 +20,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.measurement import Settings, Target, measure
+from ...search.measurement import Settings, measure
 from ...search.saved import write_json
 from ...spaces import Space, discover
 from ...spaces.calibration import precision
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 HEADING = re.compile(r"^ = ([^=].*[^=]) = $")
 #: Of the passages of every article.
 TEST_SHARE, LEAST_PASSAGES = 0.2, 10
-TARGETS: dict[str, Callable[[], Target] | None] = {"onnxruntime": OnnxTarget, "torch": TorchTarget, "none": None}
+TARGETS: dict[str, Callable[[], Any] | None] = {"onnxruntime": OnnxTarget, "torch": TorchTarget, "none": None}
 
 
 def run(config: DictConfig) -> None:
