@@ -39,7 +39,8 @@ class GivenUp(PrunefrontError):
 
 
 class Watch:
-    """Told of one trial's steps; raises :class:`GivenUp` below the median of the others (Golovin et al. 2017).
+    """Told of one trial's steps; raises :class:`GivenUp` below the median of the others, given-up ones included (after
+    the median rule of Golovin et al. 2017, which compares averages up to the step).
 
     ``score``: what trials are told. ``others``: finished trials; along a front those that cost no more than ``cost``.
     """

@@ -23,6 +23,7 @@ from ...search.scores import SampleScore
 from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
+from ...spaces.groups import Group
 from ..commands import plain
 from ..display import console, errors
 from ..finetuning import Recipe, finetune
@@ -60,13 +61,13 @@ def reproduce(
 ) -> dict[str, Any]:
     """Measure sensitivities on ``images`` of the search split, prune to a share ``macs`` of the MACs, train back.
 
-    Leaves ``sensitivity.json`` and ``sensitivity.svg`` (accuracy against ratio, a line a layer), the models ``pruned``
-    and ``retrained``, and ``results.json``, which is returned.
+    Leaves ``sensitivity-<layer>.json``, ``sensitivity.svg`` (accuracy against ratio, a line a layer), the models
+    ``pruned`` and ``retrained``, and ``results.json``, which is returned.
 
     Raises:
         ConfigError: the inner layers alone cannot reach ``macs``.
     """
-    options = {key: value for key, value in locals().items() if key != "run_dir"}
+    options = {key: value for key, value in locals().items() if key not in ("run_dir", "data")}
     steps = Steps(run_dir, options)
     task = cifar_resnet(depth, data, seed=seed, batch_size=batch_size)
     dense = task.make_model()
@@ -82,7 +83,10 @@ def reproduce(
     )
     assert isinstance(task.score, SampleScore) and task.training is not None
     score = task.score.in_parts(images)
-    curves = steps.kept("sensitivity", lambda: sensitivities(space, score, task))
+    curves = {
+        group.name: steps.kept(f"sensitivity-{group.name}", lambda group=group: sensitivity(space, group, score, task))
+        for group in space.groups
+    }
     draw(curves, run_dir / "sensitivity.svg")
     plan = allocated(space, curves, macs)
     pruned = space.apply(plan).eval()
@@ -118,14 +122,12 @@ def reproduce(
     return results
 
 
-def sensitivities(space: Space, score: SampleScore, task: Task) -> dict[str, list[float]]:
-    """Accuracy by layer, when it alone loses each of :data:`RATIOS` of its filters."""
-    curves = {}
-    for group in space.groups:
-        widths = [max(1, round(group.size * (1 - ratio))) for ratio in RATIOS]
-        curves[group.name] = [scored(space.apply(space.plan({group.name: width})), score, task) for width in widths]
-        logger.info("%s: %s", group.name, " ".join(f"{accuracy:.3f}" for accuracy in curves[group.name]))
-    return curves
+def sensitivity(space: Space, group: Group, score: SampleScore, task: Task) -> list[float]:
+    """Accuracy when one layer alone loses each of :data:`RATIOS` of its filters."""
+    widths = [max(1, round(group.size * (1 - ratio))) for ratio in RATIOS]
+    found = [scored(space.apply(space.plan({group.name: width})), score, task) for width in widths]
+    logger.info("%s: %s", group.name, " ".join(f"{accuracy:.3f}" for accuracy in found))
+    return found
 
 
 def scored(model: nn.Module, score: Any, task: Task) -> float:

@@ -1,11 +1,17 @@
-"""One small search from the command line, which many tests look at."""
+"""What many tests look at: one small search from the command line, and a small CIFAR-10."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from prunefront.runners.cli import main
+from prunefront.runners.tasks.cifar_resnet import CifarResNet
 
+IMAGES = {"train": 150, "test": 12}
 TINY = ["task.width=4", "task.epochs=2", "n_trials=6", "sampler=random"]
 
 
@@ -20,3 +26,25 @@ def digits_run(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "digits"
     assert main(["search", *TINY, f"run_dir={run_dir}", "tracker.mode=offline"]) == 0
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory) -> Path:
+    """The files of the data folder with images of one colour each, and random weights. Read only."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("cifar")
+    arrays = {"classes": np.array(["a"] * 10)}
+    for split, count in IMAGES.items():
+        files = []
+        for index in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (index, 2 * index % 256, 100)).save(buffer, "JPEG", quality=95)
+            files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        arrays[f"{split}_jpeg"] = np.concatenate(files)
+        arrays[f"{split}_offset"] = np.cumsum([0, *map(len, files)]).astype(np.int64)
+        arrays[f"{split}_label"] = (np.arange(count) % 10).astype(np.uint8)
+    np.savez(folder / "cifar10_jpeg.npz", **arrays)
+    torch.manual_seed(0)
+    save_file(CifarResNet(20).state_dict(), folder / "resnet20_cifar10.safetensors")
+    return folder

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.experiments import li2016, michel2019
 from prunefront.runners.experiments.charts import Line, label, line_chart, ticks
 from prunefront.runners.experiments.steps import Steps
+from prunefront.runners.tasks.cifar_resnet import CifarResNet
 from prunefront.spaces import discover
 from prunefront.spaces.errors import ConfigError, SearchError
 
@@ -64,6 +66,35 @@ def test_layers_lose_what_costs_them_the_same_accuracy():
 def test_nothing_is_lost_where_accuracy_rises_by_chance():
     lost = li2016.monotone([0.9, 0.91, 0.88, 0.89, 0.5])
     assert lost == pytest.approx([0, 0, 0.02, 0.02, 0.4], abs=1e-6) and (np.diff(lost) > 0).all()
+
+
+def test_only_first_convolutions_lose_filters_and_what_is_left_is_trained(cifar_folder, tmp_path, monkeypatch, capsys):
+    command = [
+        "experiment",
+        "li2016",
+        "depth=20",
+        f"data={cifar_folder}",
+        "images=6",
+        "epochs=1",
+        f"run_dir={tmp_path}/l",
+    ]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "l/results.json").read_text())
+    assert found["macs"] <= 0.724 and found["paper"]["macs"] == 0.724
+    pruned, retrained = (prunefront.load(tmp_path / "l" / name) for name in ("pruned", "retrained"))
+    dense = CifarResNet(20)
+    kept = {name: m.out_channels for name, m in pruned.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    full = {name: m.out_channels for name, m in dense.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    smaller = {name for name in full if kept[name] < full[name]}
+    assert smaller and all(name.startswith("layer") and name.endswith("conv1") for name in smaller)
+    assert len(found["ratios"]) == 9 and sum(p.numel() for p in pruned.parameters()) == round(
+        found["params"] * sum(p.numel() for p in dense.parameters())
+    )
+    assert not torch.equal(retrained.linear.weight, pruned.linear.weight)
+    picture = ElementTree.parse(tmp_path / "l/sensitivity.svg").getroot()
+    assert len(picture.findall("{*}polyline")) == 9
+    monkeypatch.setattr(li2016, "sensitivity", None)  # would fail if it ran again
+    assert main(command) == 0 and "the paper: dense 93.04 %" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

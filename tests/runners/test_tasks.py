@@ -1,18 +1,13 @@
 """Every task keeps the contract; the CIFAR loader reads the published file format."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import prunefront
 from prunefront.runners.tasks.base import Epoch
 from prunefront.runners.tasks.cifar_resnet import (
     MEAN,
     STD,
-    CifarResNet,
     Training,
     augment,
     cifar_resnet,
@@ -23,30 +18,6 @@ from prunefront.runners.tasks.digits import DigitsNet, digits, splits
 from prunefront.search.candidates import checked_score, precision
 from prunefront.search.scores import accuracy
 from prunefront.spaces.errors import ConfigError
-
-IMAGES = {"train": 150, "test": 12}
-
-
-@pytest.fixture(scope="module")
-def cifar_folder(tmp_path_factory):
-    """The files of the data folder with images of one colour each, and random weights."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("cifar")
-    arrays = {"classes": np.array(["a"] * 10)}
-    for split, count in IMAGES.items():
-        files = []
-        for index in range(count):
-            buffer = io.BytesIO()
-            Image.new("RGB", (32, 32), (index, 2 * index % 256, 100)).save(buffer, "JPEG", quality=95)
-            files.append(np.frombuffer(buffer.getvalue(), np.uint8))
-        arrays[f"{split}_jpeg"] = np.concatenate(files)
-        arrays[f"{split}_offset"] = np.cumsum([0, *map(len, files)]).astype(np.int64)
-        arrays[f"{split}_label"] = (np.arange(count) % 10).astype(np.uint8)
-    np.savez(folder / "cifar10_jpeg.npz", **arrays)
-    torch.manual_seed(0)
-    save_file(CifarResNet(20).state_dict(), folder / "resnet20_cifar10.safetensors")
-    return folder
 
 
 def batches():
@@ -132,7 +103,7 @@ def test_cifar_augmentation_crops_padded_images_and_mirrors_half():
 
 def test_cifar_training_images_are_those_of_the_archive(cifar_folder):
     (images, labels), *_ = Training(cifar_folder / "cifar10_jpeg.npz", 150)(0)
-    assert len(images) == IMAGES["train"] and sorted(labels.tolist()) == sorted(i % 10 for i in range(150))
+    assert len(images) == 150 and sorted(labels.tolist()) == sorted(i % 10 for i in range(150))
 
 
 def test_cifar_images_are_decoded_normalised_and_split_by_parity(cifar_folder):
