@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def reproduce(
     assert isinstance(task.score, SampleScore) and task.training is not None
     score = task.score.in_parts(images)
     curves = {
-        group.name: steps.kept(f"sensitivity-{group.name}", lambda group=group: sensitivity(space, group, score, task))
+        group.name: steps.kept(f"sensitivity-{group.name}", partial(sensitivity, space, group, score, task))
         for group in space.groups
     }
     draw(curves, run_dir / "sensitivity.svg")
