@@ -54,7 +54,7 @@ def main() -> None:
             space=space,
             autocast=task.autocast,
         ).study
-    trials = [trial for trial in finished(study) if PARTLY not in trial.user_attrs]
+        trials = [trial for trial in finished(study) if PARTLY not in trial.user_attrs]
     chosen = np.random.default_rng(0).permutation(len(trials))[: options.plans]
     widths = [trials[index].user_attrs["plan"]["widths"] for index in chosen]
     guide = guidance(space, task.score, "fidelity", task.autocast).guide

@@ -79,7 +79,7 @@ def searched_front(task: Task, model: nn.Module, name: str, seconds: float, seed
             autocast=task.autocast,
             callbacks=[lambda _, trial: ends.update({trial.number: time.perf_counter() - started})],
         ).study
-    trials = [t for t in finished(study) if PARTLY not in t.user_attrs]
+        trials = [t for t in finished(study) if PARTLY not in t.user_attrs]
     before = time.perf_counter()
     space.apply(planned(space, trials[0]))
     repair_s = time.perf_counter() - before  # the thorough one, of which each pick needs one
