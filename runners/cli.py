@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -42,10 +43,12 @@ COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
     "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
     "load-check": (commands.load_check, "prunefront load-check runs/a"),
     "dashboard": (dashboard, "prunefront dashboard runs/a"),
-    "report": (commands.report, "prunefront report runs/a"),
+    "report": (commands.report, "prunefront report runs/a runs/b"),
 }
 #: These take a run as their first argument.
 POSITIONAL = ("front", "pick", "show", "dashboard", "finetune", "export", "load-check", "report", "worker")
+#: And these several.
+SEVERAL_RUNS = ("report",)
 #: These print JSON for other programs on demand.
 WITH_JSON = ("space", "measure", "front", "pick", "show")
 #: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
@@ -134,8 +137,8 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
-    if name in POSITIONAL and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
-        overrides[0] = f"run={_quoted(overrides[0])}"
+    if name in POSITIONAL:
+        overrides = _with_runs(name, overrides)
     if "--json" in overrides:
         if name not in WITH_JSON:
             raise ConfigError(f"--json is an option of {', '.join(WITH_JSON)}; prunefront {name} does not have it")
@@ -155,6 +158,17 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     if name == "finetune":
         overrides = [*_of_the_search(overrides), *overrides]
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+
+
+def _with_runs(name: str, overrides: list[str]) -> list[str]:
+    """Folders at the beginning as the option ``run``: one, or several where the command takes them."""
+    runs = list(itertools.takewhile(lambda text: "=" not in text and not text.startswith("-"), overrides))
+    if len(runs) > 1 and name not in SEVERAL_RUNS:
+        raise ConfigError(f"prunefront {name} takes one run, not {len(runs)}: {shlex.join(runs)}")
+    if not runs:
+        return overrides
+    quoted = ",".join(map(_quoted, runs))
+    return [f"run={quoted}" if len(runs) == 1 else f"run=[{quoted}]", *overrides[len(runs) :]]
 
 
 def _joining(overrides: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
-from ..search.saved import METRICS, read_json, save_model, write_json
+from ..search.saved import METRICS, RESULT, read_json, save_model, write_json
 from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
@@ -38,7 +38,7 @@ from .beside import beside
 from .check import check_model
 from .display import SearchProgress, console, errors, front_table, latency_view, multirun_table, space_view, stairs_view
 from .finetuning.trial import TrialTuning
-from .report import read_run, write_report
+from .report import differing_overrides, own_overrides, read_run, write_report
 from .tasks import Task
 from .tracking import Guarded
 
@@ -392,18 +392,6 @@ def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> Non
     )
 
 
-def own_overrides(run_dir: Path) -> list[str]:
-    """What the run was started with; nothing where that is not known."""
-    path = run_dir / ".hydra" / "overrides.yaml"
-    return [str(text) for text in OmegaConf.load(path)] if path.exists() else []
-
-
-def differing_overrides(by_run: Sequence[Sequence[str]]) -> list[str]:
-    """Of every run, those that not all have, as one text."""
-    shared = set(by_run[0]).intersection(*by_run[1:])
-    return [" ".join(text for text in overrides if text not in shared) or "-" for overrides in by_run]
-
-
 def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:
     """Of a run's front the name of the best entry that holds the budget, and all that do. Raises SearchError."""
     dense = run["dense"]
@@ -420,8 +408,22 @@ def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str,
 
 
 def report(config: DictConfig) -> None:
-    """Write report.html of a finished run again."""
-    console.print(str(write_report(Path(config.run))), soft_wrap=True, highlight=False)
+    """Write report.html of a finished run again, or one page that compares several runs."""
+    given = [config.run] if isinstance(config.run, str) else list(config.run)
+    folders = [folder for text in given for folder in finished_runs(Path(text))]
+    beside = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
+    path = write_report(folders, Path(config.path) if config.path else beside)
+    console.print(str(path), soft_wrap=True, highlight=False)
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """The folder itself, or the finished runs in the folder of a multirun. Raises StorageError if there is none."""
+    if not (folder / MULTIRUN).exists():
+        return [folder]
+    found = sorted((path.parent for path in folder.glob(f"*/{RESULT}")), key=lambda path: (len(path.name), path.name))
+    if not found:
+        raise StorageError(f"no run in {folder} is finished")
+    return found
 
 
 def load_check(config: DictConfig) -> None:

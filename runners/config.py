@@ -354,9 +354,10 @@ class OneModel:
 
 @dataclass
 class Report:
-    """``prunefront report RUN``."""
+    """``prunefront report RUN [RUN ...]``."""
 
-    run: str = MISSING
+    run: Any = MISSING
+    path: str | None = None
 
 
 @dataclass

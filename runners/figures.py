@@ -1,17 +1,15 @@
-"""Plotly figures of a search, for the report and for trackers."""
+"""Plotly figures of a search, for trackers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import optuna
 import plotly.graph_objects as go
 
 from ..search.study import finished
 
-#: One blue hue for all widths, light to dark; red marks what was picked, everywhere.
 GREY, BLUE, RED, DARK = "#b8bec7", "#2563eb", "#dc2626", "#111827"
 #: The metric of trials that are guided by the score itself.
 SCORE = "score"
@@ -63,48 +61,6 @@ def scored_trials(study: optuna.Study, objective: str) -> list[tuple[float, floa
     if (study.metric_names or [SCORE])[0] != SCORE:
         return []
     return [(t.values[0], t.user_attrs["costs"][objective]) for t in finished(study)]
-
-
-def history_figure(study: optuna.Study, dense_score: float | None) -> go.Figure:
-    """What trials were told, in their order, and the best so far."""
-    guide = (study.metric_names or [SCORE])[0]
-    trials = finished(study)
-    numbers, scores = [t.number for t in trials], [t.values[0] for t in trials]
-    is_score = guide == SCORE
-    figure = _figure("trial", "score on the search split" if is_score else f"{guide} to the dense model")
-    figure.add_scatter(x=numbers, y=scores, mode="markers", name="trials", marker={"color": GREY, "size": 6})
-    best = np.maximum.accumulate(scores)
-    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"shape": "hv", "color": BLUE})
-    if dense_score is not None and is_score:
-        figure.add_hline(dense_score, line={"color": DARK, "dash": "dot"}, annotation_text="dense")
-    return figure
-
-
-def widths_figure(
-    groups: Sequence[Mapping[str, Any]], widths: Mapping[str, Mapping[str, int]], picked: str
-) -> go.Figure:
-    """Share of units that each model of the front (columns, cheapest first) keeps of each group (rows)."""
-    names, columns = [group["name"] for group in groups], list(widths)
-    kept = [[widths[column][group["name"]] / group["size"] for column in columns] for group in groups]
-    counts = [[f"{widths[column][group['name']]} of {group['size']}" for column in columns] for group in groups]
-    figure = _figure("model", "")
-    labels = [f"<b>{column}</b>" if column == picked else column for column in columns]
-    figure.add_heatmap(
-        z=kept,
-        x=labels,
-        y=names,
-        text=counts,
-        texttemplate="%{text}" if len(columns) <= 8 else None,
-        hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
-        colorscale=[[0, "#eff6ff"], [1, "#1e3a8a"]],
-        zmin=0,
-        zmax=1,
-        colorbar={"title": "kept", "tickformat": ".0%"},
-    )
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(type="category")
-    figure.update_layout(height=max(360, 120 + 22 * len(names)))
-    return figure
 
 
 def _figure(x: str, y: str) -> go.Figure:

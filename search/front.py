@@ -36,6 +36,20 @@ def hypervolume(scores: Values, costs: Values, reference: tuple[float, float]) -
     return float(area)
 
 
+def hypervolumes(scores: Values, costs: Values, reference: tuple[float, float]) -> list[float]:
+    """The :func:`hypervolume` of the first point, the first two, and so on."""
+    front: list[tuple[float, float]] = []
+    found: list[float] = []
+    for score, cost in zip(scores, costs, strict=True):
+        if all(known < score or price > cost for known, price in front):
+            front = [(known, price) for known, price in front if known > score or price < cost]
+            front.append((float(score), float(cost)))
+            found.append(hypervolume([known for known, _ in front], [price for _, price in front], reference))
+        else:
+            found.append(found[-1])
+    return found
+
+
 def knee(scores: Values, costs: Values) -> int:
     """Position of the point of a front (cheapest first) farthest above the line that joins its two ends.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import logging
 import math
+import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from optuna.trial import FrozenTrial
 from torch import nn
 
@@ -22,6 +26,7 @@ from .candidates import Candidates, Score
 from .front import knee, non_dominated
 from .guidance import Guidance
 from .problem import LATENCY_MS
+from .protocol import conditions
 from .saved import FINETUNED, METRICS, RESULT, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 PREDICTED_MS = "latency_predicted_ms"
 #: The attribute of trials that were given up after so many samples: their values are estimates.
 PARTLY = "samples"
+#: Points of a curve of sensitivity.
+SENSITIVITY_WIDTHS = 17
 
 
 @dataclass(frozen=True)
@@ -188,11 +195,38 @@ def collect(
             "objective": objective,
             "front": [{"name": entry.name, **entry.metrics} for entry in entries],
             "seconds": seconds,
+            "sensitivity": sensitivity(candidates.space),
+            "machine": this_machine(),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **_dense_latency(entries),
         },
     )
     _remove_others(run_dir / "front", {entry.name for entry in entries})
     return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds)
+
+
+def sensitivity(space: Space) -> dict[str, list[list[float]]]:
+    """By dimension, widths and the share of the dense outputs of what reads them that no fit gives back there.
+
+    At most :data:`SENSITIVITY_WIDTHS` of them; nothing for dimensions without moments, see :meth:`Space.lost_outputs`.
+    """
+    found = {}
+    for name, curve in zip(space.dimensions, space.lost_outputs(), strict=True):
+        if curve is not None:
+            widths = np.unique(np.linspace(0, len(curve) - 1, SENSITIVITY_WIDTHS).round().astype(int))
+            found[name] = [[int(width), round(float(curve[width]), 5)] for width in widths]
+    return found
+
+
+def this_machine() -> dict[str, Any]:
+    """The processor and the versions that a run's numbers belong to."""
+    known = conditions()
+    return {
+        **{key: known[key] for key in ("cpu", "cores")},
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "optuna", "prunefront")},
+    }
 
 
 def is_estimate(trial: FrozenTrial) -> bool:

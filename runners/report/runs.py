@@ -1,0 +1,46 @@
+"""What a finished search has left in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ...search.saved import METRICS, RESULT, read_json
+from ...spaces.errors import StorageError
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """What a finished search has left: result.json, with ``dense`` (its metrics as far as known) and ``space``.
+
+    Raises:
+        StorageError: this is no finished run, or it is damaged.
+    """
+    if not (run_dir / "space.json").exists():
+        raise StorageError(f"{run_dir} is no run of a search: it has no space.json")
+    if not (run_dir / RESULT).exists():
+        raise StorageError(f"{run_dir} is no finished run: it has no {RESULT}; finish it with resume={run_dir}")
+    result, space = read_json(run_dir / RESULT), read_json(run_dir / "space.json")
+    dense = dict(space.get("dense_cost", {}))
+    if (run_dir / "dense" / METRICS).exists():
+        dense |= read_json(run_dir / "dense" / METRICS)
+    if "dense_latency_ms" in result:
+        dense["latency_ms"] = result["dense_latency_ms"]
+    names = [entry.get("name") for entry in result.get("front", [])]
+    if result.get("picked") not in names or result.get("objective") not in dense:
+        raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")
+    return {**result, "dense": dense, "space": space}
+
+
+def own_overrides(run_dir: Path) -> list[str]:
+    """What the run was started with; nothing where that is not known."""
+    path = run_dir / ".hydra" / "overrides.yaml"
+    return [str(text) for text in OmegaConf.load(path)] if path.exists() else []
+
+
+def differing_overrides(by_run: Sequence[Sequence[str]]) -> list[str]:
+    """Of every run, those that not all have, as one text."""
+    shared = set(by_run[0]).intersection(*by_run[1:])
+    return [" ".join(text for text in overrides if text not in shared) or "-" for overrides in by_run]
