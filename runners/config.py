@@ -184,6 +184,7 @@ class Wandb:
     entity: str | None = None
     name: str | None = None
     mode: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass

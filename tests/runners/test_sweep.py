@@ -5,7 +5,6 @@ from pathlib import Path
 
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from prunefront.runners import tracking
 from prunefront.runners.cli import main
 
 SWEEP = load_sweep_config(str(Path(__file__).parents[2] / "examples" / "sweep.yaml"))
@@ -32,9 +31,3 @@ def test_every_point_of_the_sweep_is_a_search(tmp_path, monkeypatch):
     small = ["n_trials=2", "task.width=4", "task.epochs=1", "tracker=none", "sampler=random"]
     assert main([*found[0][1:-1], *small, "run_dir=runs/0"]) == 0
     assert (tmp_path / "runs/0/result.json").exists()
-
-
-def test_the_metric_of_the_sweep_is_one_that_runs_have():
-    assert (
-        SWEEP["metric"]["name"] == "picked/score" and 'summary[f"picked/{key}"]' in Path(tracking.__file__).read_text()
-    )

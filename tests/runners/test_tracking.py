@@ -63,10 +63,14 @@ def test_an_offline_run_holds_every_trial_the_front_and_the_models(digits_run):
         if r.WhichOneof("record_type") == "history"
     ]
     trials = finished(read_study(digits_run))
+    last, steps = steps[-1], [step for step in steps if "trial" in step]
+    assert {"front/so far", "front/widths", "trials", "front/models", "front/score"} <= {
+        k.partition("/_")[0] for k in last
+    }
     assert [step["fidelity"] for step in steps] == [trial.values[0] for trial in trials]
-    assert [step["macs"] for step in steps] == [trial.user_attrs["costs"]["macs"] for trial in trials]
-    assert all({"feasible", "best_fidelity", "hypervolume", "params", "_step"} <= set(step) for step in steps)
-    assert steps[-1]["best_fidelity"] == max(trial.values[0] for trial in trials)
+    assert [step["cost/macs"] for step in steps] == [trial.user_attrs["costs"]["macs"] for trial in trials]
+    assert all({"trial", "feasible", "best/fidelity", "hypervolume", "cost/params"} <= set(step) for step in steps)
+    assert steps[-1]["best/fidelity"] == max(trial.values[0] for trial in trials)
     volumes = [step["hypervolume"] for step in steps]
     assert volumes == sorted(volumes) and volumes[0] > 0
     artifacts = {r.artifact.type for r in found if r.WhichOneof("record_type") == "artifact"}
