@@ -139,6 +139,7 @@ def tracked_search(
                 latency=latency,
                 callbacks=(progress, tracker.trial),
                 before_judging=others.end,
+                judging=progress.judging,
             )
     finally:
         tracker.finish(result)

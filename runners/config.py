@@ -211,7 +211,7 @@ class Search:
     space: Any = MISSING
     start: str | None = None
     guide: str = "auto"
-    finalists: int = 5
+    finalists: int | None = None
     sampler: Any = "auto"
     warm_start: list[str] = field(default_factory=list)
     finetune_steps: int = 0

@@ -18,7 +18,15 @@ from optuna.trial import TrialState
 from rich.console import Console, RenderableType
 from rich.console import Group as Lines
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -47,7 +55,7 @@ class SearchProgress:
     def __init__(self, n_trials: int, objective: str, dense: Mapping[str, float]) -> None:
         self.objective, self.dense = objective, dense
         self.progress = Progress(
-            TextColumn("searching"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[best]}"),
@@ -56,6 +64,7 @@ class SearchProgress:
             console=console,
         )
         self.bar = self.progress.add_task("searching", total=n_trials, best="")
+        self.judged: TaskID | None = None
 
     def __enter__(self) -> SearchProgress:
         self.progress.start()
@@ -68,6 +77,12 @@ class SearchProgress:
         trials = study.get_trials(deepcopy=False)
         done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
         self.progress.update(self.bar, completed=done, best=self.best(study))
+
+    def judging(self, done: int, of: int) -> None:
+        """After the last trial: a second bar, of the models that are repaired thoroughly and scored in full."""
+        if self.judged is None:
+            self.judged = self.progress.add_task("judging", total=of, best="")
+        self.progress.update(self.judged, completed=done)
 
     def best(self, study: optuna.Study) -> str:
         trials = finished(study)

@@ -34,7 +34,7 @@ from .latency import LatencyModel, check_latency
 from .liveness import WORKER, this_process
 from .problem import CRITERION, SHARES, Problem, objective_of
 from .racing import Raced
-from .result import PARTLY, Judge, Result, Verification, collect
+from .result import PARTLY, Judge, Judging, Result, Verification, collect
 from .samplers import make_sampler
 from .scores import SampleScore
 from .study import (
@@ -78,7 +78,7 @@ def search(
     timeout_s: float | None = None,
     patience: int | None = None,
     guide: str = "auto",
-    finalists: int = 5,
+    finalists: int | None = None,
     sampler: str | optuna.samplers.BaseSampler = "auto",
     warm_start: Sequence[str | Path] = (),
     tuning: Tuning | None = None,
@@ -96,6 +96,7 @@ def search(
     latency: LatencyModel | None = None,
     callbacks: Sequence[Callback] = (),
     before_judging: Callable[[], None] | None = None,
+    judging: Judging | None = None,
 ) -> Result:
     """Find the best pruned models and save them in ``run_dir``.
 
@@ -107,8 +108,9 @@ def search(
     called for the front only. ``guide``: what trials are told. ``score`` is that; ``fidelity`` that to the dense
     model's outputs on 1,000 samples of the score's data, or of ``calibration``, which needs no labels and is smoother
     than an accuracy; ``auto`` is fidelity where ``score`` is a :class:`.scores.SampleScore`. Losers against the best so
-    far are given up after part of the samples. The ``finalists`` best trials are repaired thoroughly and get the whole
-    ``score``, and the best of them is picked; along a front these are all that no other trial beats.
+    far are given up after part of the samples. The ``finalists`` best trials (by default 5) are repaired thoroughly and
+    get the whole ``score``, and the best of them is picked; along a front these are at most so many (20) that no other
+    trial beats, without which it would lose most of its hypervolume.
 
     ``calibration``: batches of training data, readable again and again, with which candidates are repaired; models
     with BatchNorm need it. ``criterion``: which units stay; of several, the search chooses. ``compensation``, ``loss``,
@@ -127,7 +129,7 @@ def search(
     journal (``postgresql://...``, ``mysql://...``, or ``grpc://host:port`` of Optuna's proxy). Others join with
     :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are
     called with ``(study, trial)`` as in Optuna, ``before_judging`` once all trials are done: models are measured and
-    scored in this process alone.
+    scored in this process alone. ``judging`` is then told how many of how many models are done.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -140,7 +142,7 @@ def search(
         prepared.run.trials(n_trials, timeout_s, patience, callbacks)
         if before_judging is not None:
             before_judging()
-        return prepared.collected(test, finalists)
+        return prepared.collected(test, finalists, judging)
     except OSError as error:
         raise _no_room(prepared.store.run_dir, error) from error
 
@@ -182,7 +184,7 @@ class _Prepared:
     timing: Timing | None
     has_budget: bool
 
-    def collected(self, test: Score | None, finalists: int) -> Result:
+    def collected(self, test: Score | None, finalists: int | None, judging: Judging | None) -> Result:
         """The front, judged by this process while the others are done."""
         run, limits = self.run, self.run.problem.limits
         verification = None
@@ -191,7 +193,7 @@ class _Prepared:
         judge = Judge(run.candidates, run.guided, self.inputs, test, verification)
         keep_copy(run.study, self.store)
         objective = run.problem.objective
-        return collect(self.store.run_dir, run.study, judge, objective, self.has_budget, finalists, run.reason)
+        return collect(self.store.run_dir, run.study, judge, objective, self.has_budget, finalists, run.reason, judging)
 
 
 def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
@@ -281,7 +283,7 @@ def _header(given: Mapping[str, Any], problem: Problem, guided: Guidance, store:
     }
 
 
-def check_options(mode: str, guide: str, n_trials: int, finalists: int, patience: int | None) -> None:
+def check_options(mode: str, guide: str, n_trials: int, finalists: int | None, patience: int | None) -> None:
     """Raises ConfigError."""
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")

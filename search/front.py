@@ -50,6 +50,22 @@ def hypervolumes(scores: Values, costs: Values, reference: tuple[float, float]) 
     return found
 
 
+def thinned(scores: Values, costs: Values, most: int) -> list[int]:
+    """Positions of at most ``most`` points of a front (cheapest first): the others cost the least hypervolume.
+
+    They go one by one, and both ends stay.
+    """
+    kept = list(range(len(scores)))
+    while len(kept) > max(most, 2):
+        # What a point alone dominates: up to its neighbours' cost and score.
+        areas = [
+            (scores[here] - scores[before]) * (costs[after] - costs[here])
+            for before, here, after in zip(kept, kept[1:], kept[2:], strict=False)
+        ]
+        del kept[1 + int(np.argmin(areas))]
+    return kept
+
+
 def knee(scores: Values, costs: Values) -> int:
     """Position of the point of a front (cheapest first) farthest above the line that joins its two ends.
 

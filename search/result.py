@@ -23,11 +23,11 @@ from ..spaces import Plan, Space
 from ..spaces.errors import SearchError, StorageError
 from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
-from .front import knee, non_dominated
+from .front import knee, non_dominated, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
-from .saved import FINETUNED, METRICS, RESULT, read_json, read_saved, save_model, write_json
+from .saved import FINETUNED, METRICS, RESULT, load, read_json, read_plan, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
 from .tuning import STOPPED
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 PREDICTED_MS = "latency_predicted_ms"
 #: The attribute of trials that were given up after so many samples: their values are estimates.
 PARTLY = "samples"
+#: Trials that are judged within a budget, and along a front.
+FINALISTS, FRONT_FINALISTS = 5, 20
+Judging = Callable[[int, int], None]
 #: Points of a curve of sensitivity.
 SENSITIVITY_WIDTHS = 17
 
@@ -153,13 +156,22 @@ class Judge:
     def _saved(self, entry: Entry, candidate: nn.Module) -> Entry:
         with self.candidates.timer.part("save"):
             save_model(entry.path, candidate, entry.plan, entry.metrics, self.inputs)
-        return entry
+        return replace(entry, build=lambda: _read(entry, self.candidates.space.model))
 
 
 def collect(
-    run_dir: Path, study: optuna.Study, judge: Judge, objective: str, has_budget: bool, finalists: int, reason: str
+    run_dir: Path,
+    study: optuna.Study,
+    judge: Judge,
+    objective: str,
+    has_budget: bool,
+    finalists: int | None,
+    reason: str,
+    judging: Judging | None = None,
 ) -> Result:
     """The front of the finalists of ``study``. Those that miss a budget of latency give way to the next.
+
+    ``finalists``: how many, or None for the default. ``judging``: told how many of how many are done.
 
     Raises:
         SearchError: no trial was finished, or none holds the latency budget.
@@ -169,14 +181,21 @@ def collect(
     if not trials:
         raise SearchError(f"no trial was finished in {run_dir}; {reason or 'allow more time'}")
     layers = _layers([t for t in trials if not is_estimate(t)], len(study.directions) > 1)
-    wanted = finalists if len(study.directions) == 1 else len(layers[0])
+    for_front = len(study.directions) > 1
+    wanted = finalists or (FRONT_FINALISTS if for_front else FINALISTS)
+    if for_front:
+        layers = _chosen(layers, wanted)
+        wanted = len(layers[0])
+    told = judging or (lambda done, of: None)
     entries: list[Entry] = []
     for trial in (trial for layer in layers for trial in layer):
+        told(len(entries), wanted)
         if len(entries) == wanted:
             break
         entry = judge.final(_entry(run_dir, trial, candidates))
         if entry is not None:
             entries.append(entry)
+    told(wanted, wanted)
     if not entries:
         raise SearchError(
             f"none of {len(trials)} candidates holds the latency budget when it is measured, or can be scored; search "
@@ -252,6 +271,14 @@ def _layers(trials: Sequence[FrozenTrial], for_front: bool) -> list[list[FrozenT
     return layers
 
 
+def _chosen(layers: list[list[FrozenTrial]], most: int) -> list[list[FrozenTrial]]:
+    """With at most so many trials in the first layer; the others of it come next."""
+    first = layers[0]
+    places = set(thinned([t.values[0] for t in first], [t.values[1] for t in first], most))
+    others = [trial for place, trial in enumerate(first) if place not in places]
+    return [[first[place] for place in sorted(places)], others, *layers[1:]]
+
+
 def planned(space: Space, trial: FrozenTrial) -> Plan:
     """The plan that a trial scored."""
     described = trial.user_attrs["plan"]
@@ -264,6 +291,17 @@ def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
     path = run_dir / "front" / f"trial{trial.number:04d}"
     metrics = _saved_metrics(path, plan) or {"guide": trial.values[0], **trial.user_attrs["costs"]}
     return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"))
+
+
+def _read(entry: Entry, dense: nn.Module) -> nn.Module:
+    """What was saved, which takes no repairs; built anew where it cannot be read."""
+    try:
+        is_alone = not read_plan(entry.path)["needs_dense_model"]
+        model = load(entry.path, None if is_alone else dense)
+    except StorageError:
+        return entry.build()
+    device = next((tensor.device for tensor in dense.parameters()), torch.device("cpu"))
+    return model.to(device)
 
 
 def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:
