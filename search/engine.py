@@ -110,7 +110,7 @@ def search(
     than an accuracy; ``auto`` is fidelity where ``score`` is a :class:`.scores.SampleScore`. Losers against the best so
     far are given up after part of the samples. The ``finalists`` best trials (by default 5) are repaired thoroughly and
     get the whole ``score``, and the best of them is picked; along a front these are at most so many (20) that no other
-    trial beats, without which it would lose most of its hypervolume.
+    trial beats, spread over the range of costs.
 
     ``calibration``: batches of training data, readable again and again, with which candidates are repaired; models
     with BatchNorm need it. ``criterion``: which units stay; of several, the search chooses. ``compensation``, ``loss``,

@@ -50,19 +50,15 @@ def hypervolumes(scores: Values, costs: Values, reference: tuple[float, float]) 
     return found
 
 
-def thinned(scores: Values, costs: Values, most: int) -> list[int]:
-    """Positions of at most ``most`` points of a front (cheapest first): the others cost the least hypervolume.
+def thinned(costs: Values, most: int) -> list[int]:
+    """Positions of at most ``most`` points, cheapest first, spread over the range of costs.
 
-    They go one by one, and both ends stay.
+    Of more, the one whose neighbours are nearest to each other goes, again and again; both ends stay.
     """
-    kept = list(range(len(scores)))
+    kept = [int(place) for place in np.argsort(costs, kind="stable")]
     while len(kept) > max(most, 2):
-        # What a point alone dominates: up to its neighbours' cost and score.
-        areas = [
-            (scores[here] - scores[before]) * (costs[after] - costs[here])
-            for before, here, after in zip(kept, kept[1:], kept[2:], strict=False)
-        ]
-        del kept[1 + int(np.argmin(areas))]
+        gaps = [costs[after] - costs[before] for before, after in zip(kept, kept[2:], strict=False)]
+        del kept[1 + int(np.argmin(gaps))]
     return kept
 
 

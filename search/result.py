@@ -274,9 +274,9 @@ def _layers(trials: Sequence[FrozenTrial], for_front: bool) -> list[list[FrozenT
 def _chosen(layers: list[list[FrozenTrial]], most: int) -> list[list[FrozenTrial]]:
     """With at most so many trials in the first layer; the others of it come next."""
     first = layers[0]
-    places = set(thinned([t.values[0] for t in first], [t.values[1] for t in first], most))
+    places = thinned([t.values[1] for t in first], most)
     others = [trial for place, trial in enumerate(first) if place not in places]
-    return [[first[place] for place in sorted(places)], others, *layers[1:]]
+    return [[first[place] for place in places], others, *layers[1:]]
 
 
 def planned(space: Space, trial: FrozenTrial) -> Plan:

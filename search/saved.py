@@ -23,6 +23,8 @@ from ..spaces.surgery import tensors_of
 
 FORMAT = 1
 PLAN, WEIGHTS, METRICS, RESULT = "plan.json", "weights.safetensors", "metrics.json", "result.json"
+#: Bytes of the largest JSON file that is read; plans of large models have a few MiB.
+JSON_LIMIT = 256 << 20
 #: Folder of what was trained on from a saved model, inside the folder of that.
 FINETUNED = "finetuned"
 
@@ -55,6 +57,7 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS)
+        content["weights_bytes"] = (temporary / WEIGHTS).stat().st_size
         content["weights_sha256"] = hashlib.sha256((temporary / WEIGHTS).read_bytes()).hexdigest()
         content["sha256"] = _digest(content)
         write_json(temporary / PLAN, content)
@@ -92,7 +95,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def read_saved(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The content of ``plan.json`` and the weights, checked. Raises StorageError."""
     content = read_plan(directory)
-    return content, _read_weights(directory / WEIGHTS, content["weights_sha256"])
+    return content, _read_weights(directory / WEIGHTS, content["weights_sha256"], content.get("weights_bytes"))
 
 
 def resolve(path: Path) -> Path:
@@ -119,6 +122,8 @@ def read_plan(directory: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises StorageError if ``path`` is missing or holds something else."""
     try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise StorageError(f"{path} has more than {JSON_LIMIT >> 20} MiB: it is no file that a search has written")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist; expected a folder that a search has written") from error
@@ -140,8 +145,13 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, expected: str, size: int | None) -> dict[str, torch.Tensor]:
+    """``size``: in bytes; files of before this was written down have none."""
     try:
+        if size is not None and path.stat().st_size != size:  # before anything of it is read
+            raise StorageError(
+                f"{path} has {path.stat().st_size:,} bytes, not {size:,}: it is truncated or another file"
+            )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise StorageError(f"{path} is truncated or was changed after it was written: its checksum differs")

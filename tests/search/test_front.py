@@ -33,16 +33,14 @@ def test_the_knee_is_where_more_cost_stops_paying():
     assert knee(np.array([0.0, 0.5, 1.0]), np.array([0, 50, 100])) == 0
 
 
-def test_a_thinned_front_loses_least():
-    """Against all ways to leave points out; the ends stay."""
-    rng = np.random.default_rng(3)
-    costs, scores = np.sort(rng.random(7)), np.sort(rng.random(7))
-    reference = (float(scores[0]), float(costs[-1]))
-    kept = thinned(scores, costs, 6)
-    areas = {
-        left_out: hypervolume(np.delete(scores, left_out), np.delete(costs, left_out), reference)
-        for left_out in range(1, 6)
-    }
-    assert set(range(7)) - set(kept) == {max(areas, key=lambda place: areas[place])}
-    assert thinned(scores, costs, 2) == [0, 6] and thinned(scores, costs, 7) == list(range(7))
-    assert thinned([0.5], [1.0], 3) == [0]
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(2, 12))
+def test_a_thinned_front_keeps_its_ends_and_leaves_no_hole(costs, most):
+    kept = thinned(costs, most)
+    values = [costs[place] for place in kept]
+    assert values == sorted(values) and len(kept) == min(most, len(costs)) == len(set(kept))
+    assert (min(values), max(values)) == (min(costs), max(costs))
+
+
+def test_a_crowd_is_thinned_before_what_stands_alone():
+    costs = [0.5, 0.11, 0.1, 0.9, 0.12, 0.13, 0.7]
+    assert [costs[place] for place in thinned(costs, 5)] == [0.1, 0.13, 0.5, 0.7, 0.9]

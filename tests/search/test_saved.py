@@ -91,3 +91,9 @@ def test_a_damaged_saved_model_is_written_again_by_the_next_search(tmp_path):
     first = run(tmp_path)
     (first.best.path / "weights.safetensors").write_bytes(b"")
     assert fidelity(prunefront.load(run(tmp_path).best.path)) == pytest.approx(first.best.metrics["score"], rel=1e-4)
+
+
+def test_a_json_file_that_is_far_too_large_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr("prunefront.search.saved.JSON_LIMIT", 10)
+    with pytest.raises(StorageError, match=r"plan\.json has more than"):
+        prunefront.load(folder)
