@@ -114,13 +114,15 @@ def experiments_help() -> str:
 def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bool) -> int:
     """Compose the configuration and run the command, once or (``-m``) for every combination."""
     command = COMMANDS[name][0]
-    failed = []
+    failed, own_process = [], os.getpid()
 
     def job(config: DictConfig) -> Any:
         try:
             return command(config)
         except PrunefrontError as error:
             failed.append(_report_error(error, debug))
+            if os.getpid() != own_process:  # of a launcher, which tells this one
+                raise
 
     if debug:
         os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -157,6 +159,8 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
     if name == "finetune":
         overrides = [*_of_the_search(overrides), *overrides]
+    # Hydra's parser wants all overrides in one piece.
+    overrides.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
 
 

@@ -1,0 +1,100 @@
+"""Tables of models: a front, fine-tuned models, the picks of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+def finetuned_table(
+    found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, float], score_name: str = "score"
+) -> Table:
+    """``found``: metrics of fine-tuned models by name; those from before stand with ``_before``."""
+    table = Table(caption=f"{score_name} before and after; differences are to the dense model")
+    for heading in ("model", "search, before", "after", "test, before", "after", "MACs", "steps"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, metrics in found.items():
+        scores = [
+            _score(metrics.get(key), dense.get(split))
+            for split in ("score", "test")
+            for key in (f"{split}_before", split)
+        ]
+        table.add_row(name, *scores, _count(metrics.get("macs"), dense.get("macs")), f"{metrics['steps']:,}")
+    return table
+
+
+def front_table(
+    entries: Sequence[Mapping[str, Any]], picked: str, dense: Mapping[str, float], score_name: str = "score"
+) -> Table:
+    """``entries``: name and metrics of each model of the front; ``dense``: those of the dense model, where known."""
+    table = Table(caption="shares are of the dense model; the test split was used for these models only")
+    table.add_column("model")
+    kinds = dict(_KINDS)
+    if any("latency_ratio" in entry for entry in entries):
+        kinds["latency_ms"] = ("latency", _milliseconds)
+    for heading, _ in kinds.values():
+        table.add_column(heading.format(score=score_name), justify="right")
+
+    def _cells(metrics: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
+        return [kind(metrics.get(key), dense.get(key)) for key, (_, kind) in kinds.items()]
+
+    table.add_row("dense", *_cells(dense, {}), end_section=True)
+    chosen = next(entry for entry in entries if entry["name"] == picked)
+    table.add_row(f"picked ({picked})", *_cells(chosen, dense), style="bold green", end_section=True)
+    for entry in entries:
+        table.add_row(entry["name"], *_cells(entry, dense))
+    return table
+
+
+def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], best: str) -> Table:
+    """``rows``: name and metrics of the pick of each ``run``, with those of its ``dense`` model."""
+    table = Table(caption="shares are of the dense model of each run; the best score is marked")
+    table.add_column("run")
+    table.add_column("overrides", no_wrap=len(max(overrides, key=len)) <= MOST_OVERRIDES)
+    shown = {key: kind for key, kind in _KINDS.items() if key != "params" and any(key in row for row in rows)}
+    if any("latency_ratio" in row for row in rows):
+        shown["latency_ms"] = ("latency", _milliseconds)
+    for heading, _ in shown.values():
+        table.add_column(heading.format(score="score"), justify="right")
+    for row, text in zip(rows, overrides, strict=True):
+        cells = [kind(row.get(key), row["dense"].get(key)) for key, (_, kind) in shown.items()]
+        table.add_row(Path(row["run"]).name, text, *cells, style="bold green" if row["run"] == best else None)
+    return table
+
+
+#: Characters of a full bar, and of overrides that have a line of their own.
+BAR, MOST_OVERRIDES = 20, 32
+
+
+def bar(share: float) -> str:
+    return "█" * round(BAR * share)
+
+
+def _milliseconds(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g} ms" if dense is None else f"{value:.3g} ms ({value / dense:.1%})"
+
+
+def _score(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if dense is None else f"{value:.4f} ({value - dense:+.4f})"
+
+
+def _count(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if dense is None else f"{value:,.0f} ({value / dense:.1%})"
+
+
+#: Columns of the table of models: headings, and how values are written.
+_KINDS: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
+    "score": ("{score} (search)", _score),
+    "test": ("{score} (test)", _score),
+    "macs": ("MACs", _count),
+    "params": ("params", _count),
+}

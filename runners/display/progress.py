@@ -1,0 +1,107 @@
+"""Live bars of searches and of trainings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import optuna
+from optuna.trial import TrialState
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ...search.liveness import WORKER
+from ...search.study import finished
+from ..finetuning import Progress as Point
+from .console import console
+
+
+class SearchProgress:
+    """A live bar with the best score and its cost, rate and workers; one more trial at every call."""
+
+    def __init__(self, n_trials: int, objective: str, dense: Mapping[str, float]) -> None:
+        self.objective, self.dense = objective, dense
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.bar = self.progress.add_task("searching", total=n_trials, best="", rate="")
+        self.judged: TaskID | None = None
+        self.started, self.seen, self.workers = time.monotonic(), 0, set[str]()
+
+    def __enter__(self) -> SearchProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        trials = study.get_trials(deepcopy=False)
+        done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
+        self.seen += 1
+        self.workers.add(str(trial.user_attrs.get(WORKER)))
+        rate = f"{60 * self.seen / (time.monotonic() - self.started):.0f}/min"
+        if len(self.workers) > 1:
+            rate += f" by {len(self.workers)}"
+        self.progress.update(self.bar, completed=done, best=self.best(study), rate=rate)
+
+    def judging(self, done: int, of: int) -> None:
+        """After the last trial: a second bar, of the models that are repaired thoroughly and scored in full."""
+        if self.judged is None:
+            self.progress.stop_task(self.bar)
+            self.judged = self.progress.add_task("judging", total=of, best="", rate="")
+        self.progress.update(self.judged, completed=done)
+
+    def best(self, study: optuna.Study) -> str:
+        trials = finished(study)
+        if not trials:
+            return "no score yet"
+        best, guide = max(trials, key=lambda t: t.values[0]), (study.metric_names or ["score"])[0]
+        share = best.user_attrs["costs"][self.objective] / self.dense[self.objective]
+        return f"{guide} {best.values[0]:.4f} at {share:.1%} {self.objective}"
+
+
+class TrainingProgress:
+    """A live bar with loss, score and rate; one more point at every call."""
+
+    def __init__(self, title: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.bar = self.progress.add_task(title, total=None, told="")
+        self.rate, self.score = "", ""
+
+    def __enter__(self) -> TrainingProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, point: Point) -> None:
+        if point.score is not None:
+            self.score = f"score {point.score:.4f}"
+        if point.steps_per_s is not None:
+            self.rate = f"{point.steps_per_s:.3g} steps/s"
+        told = ", ".join(part for part in (f"loss {point.loss:.4g}", self.score, self.rate) if part)
+        self.progress.update(self.bar, completed=point.step, total=point.steps, told=told)

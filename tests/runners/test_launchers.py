@@ -1,0 +1,58 @@
+"""Multiruns over Hydra's launchers, in processes of their own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prunefront.search.liveness import WORKER
+from prunefront.search.study import finished, read_study
+
+LAUNCHERS = {
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"],
+}
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "prunefront", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_job_is_a_search_and_one_table_shows_all(launcher, tiny, tmp_path):
+    pytest.importorskip("submitit" if launcher.startswith("submitit") else "joblib")
+    options = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], *tiny, "tracker=none", "run_dir=runs/m"]
+    done = run(tmp_path, "search", "-m", *options, "budget.macs=40%,60%")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.parent.name for path in (tmp_path / "runs/m").glob("*/result.json")) == ["0", "1"]
+    table = run(tmp_path, "front", "runs/m").stdout
+    assert "budget.macs=40%" in table and "budget.macs=60%" in table
+
+
+def test_a_job_that_fails_elsewhere_fails_the_command(tiny, tmp_path):
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, "tracker=none", "run_dir=runs/m"]
+    done = run(tmp_path, "search", "-m", *options, "budget.macs=60%,1%")
+    assert done.returncode == 1 and "budget" in done.stdout + done.stderr
+    assert (tmp_path / "runs/m/0/result.json").exists()
+
+
+def test_jobs_of_a_launcher_are_workers_of_one_study(tiny, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = [*tiny, "n_trials=400", "tracker=none", "run_dir=runs/a"]
+    command = [sys.executable, "-m", "prunefront", "search", *options]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as search:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "runs/a/study.journal").exists():
+            assert search.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        jobs = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,0"]
+        assert run(tmp_path, "worker", "runs/a", "-m", *jobs).returncode == 0
+        assert search.wait(200) == 0
+    trials = finished(read_study(tmp_path / "runs/a"))
+    assert len(trials) == 400 and len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
+    assert not (tmp_path / "runs/a/multirun.yaml").exists()
