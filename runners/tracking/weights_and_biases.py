@@ -23,6 +23,8 @@ from .figures import coordinates_figure, front_figure, front_of
 #: Of a search's time, what pictures and tables on the way may take.
 SHARE_OF_TIME = 0.01
 LEAST_PAUSE_S = 30.0
+#: Seconds that the first pictures take, Plotly's import included.
+FIRST_DRAWING_S = 1.5
 #: What Hydra leaves in the folder of several runs.
 MULTIRUN = "multirun.yaml"
 #: Columns of the table of trials before those of costs and groups.
@@ -205,7 +207,7 @@ class _History:
         self.reference: tuple[float, float] | None = None
         self.volume, self.ended, self.undrawn = 0.0, 0, False
         self.data: Any = None
-        self.drawing, self.drawn_at = 0.0, time.monotonic()
+        self.drawing, self.drawn_at = FIRST_DRAWING_S, time.monotonic()
         self.waiting: list[list[Any]] = []
         for trial in before:
             self.add(trial)
