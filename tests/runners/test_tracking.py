@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -73,8 +74,18 @@ def test_an_offline_run_holds_every_trial_the_front_and_the_models(digits_run):
     assert steps[-1]["best/fidelity"] == max(trial.values[0] for trial in trials)
     volumes = [step["hypervolume"] for step in steps]
     assert volumes == sorted(volumes) and volumes[0] > 0
-    artifacts = {r.artifact.type for r in found if r.WhichOneof("record_type") == "artifact"}
-    assert {"plans", "model", "run_table"} <= artifacts
+    artifacts = [r.artifact for r in found if r.WhichOneof("record_type") == "artifact"]
+    assert {"plans", "model", "run_table"} <= {artifact.type for artifact in artifacts}
+    picked = json.loads((digits_run / "result.json").read_text())["picked"]
+    models = {a.name.rpartition("-")[0]: json.loads(a.metadata) for a in artifacts if a.type == "model"}
+    assert set(models) == {"dense", picked} and models[picked]["made_from"].startswith("dense-")
+    run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
+    assert run.job_type == "search" and set(run.tags) == {"search", "digits", "budget"}
+    summary: dict[str, object] = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.summary.update}
+    assert summary["picked/name"] == picked and {"picked/score", "picked/macs", "dense/score"} <= set(summary)
     media = {path.parent.name for path in file.parent.rglob("files/media/*/*")}
     assert {"plotly", "table"} <= media
 
@@ -86,6 +97,9 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
     found = [written(file) for file in files]
     runs = [next(r.run for r in run if r.WhichOneof("record_type") == "run") for run in found]
     assert [run.job_type for run in runs] == ["search", "finetune"] and runs[0].run_group == runs[1].run_group != ""
+    models = [r.artifact for r in found[1] if r.WhichOneof("record_type") == "artifact" and r.artifact.type == "model"]
+    used, made = (model.name for model in models)  # what was trained, and what came of it
+    assert made.startswith(used.rpartition("-")[0] + "-sgd-") and json.loads(models[1].metadata)["made_from"] == used
     history = [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
         for r in found[1]
@@ -168,3 +182,28 @@ def test_no_tracker_ends_a_fine_tuning(tmp_path, caplog, net, name, fails):
     tracker.finish_finetuning(None if fails else found.metrics)
     fault = name.startswith("broken") or name == "wandb that cannot start"
     assert ("tracking ends here" in caplog.text) == fault and found.metrics["steps"] == 3
+
+
+def test_a_multirun_is_a_group_and_trials_may_end_in_any_order(net, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "multirun.yaml").touch()
+    groups = []
+    for name in ("0", "1"):
+        run_dir = tmp_path / "m" / name
+        options = {"budget": {"macs": "60%"}, "run_dir": run_dir, "n_trials": 4, "sampler": "random"}
+        result = prunefront.search(net, torch.zeros(1, 6), score=lambda model: 1.0, **options)
+        tracker = WandbTracker(mode="offline")
+        tracker.start(
+            {"task": {"_target_": "a.b.digits"}, "mode": "front"}, run_dir, {"score": 1.0, "macs": 72.0}, "macs"
+        )
+        trials = finished(result.study)
+        study = optuna.create_study(study_name="empty")
+        for trial in (trials[2], trials[0], trials[3], trials[1]):
+            tracker.trial(study, trial)
+        tracker.finish(result)
+        found = written(next((run_dir / "wandb").glob("offline-run-*/*.wandb")))
+        groups.append(next(r.run for r in found if r.WhichOneof("record_type") == "run").run_group)
+        history = [r.history for r in found if r.WhichOneof("record_type") == "history"]
+        rows = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in h.item} for h in history]
+        assert [row["trial"] for row in rows if "trial" in row] == [2, 0, 3, 1]
+    assert groups[0] == groups[1] and groups[0].startswith("m-")
