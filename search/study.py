@@ -70,7 +70,9 @@ class Store:
         try:
             if self.kind == "grpc":
                 place = urlsplit(self.url)
-                proxy = GrpcStorageProxy(host=place.hostname or "localhost", port=place.port or GRPC_PORT)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    proxy = GrpcStorageProxy(host=place.hostname or "localhost", port=place.port or GRPC_PORT)
                 proxy.wait_server_ready(timeout=GRPC_WAIT_S)
                 return proxy
             # Workers come back from a restart of the server: a connection is tried before it is used.
@@ -79,8 +81,8 @@ class Store:
             return RDBStorage(url, engine_kwargs=options)
         except Exception as error:  # drivers have errors of their own
             raise StorageError(
-                f"the storage {self.kind} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}; is "
-                "the server running, and its driver installed (pip install 'prunefront[postgresql]')?"
+                f"the storage {self.kind} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "is the server running, and its driver installed (pip install 'prunefront[postgresql]', or [grpc])?"
             ) from error
 
 

@@ -55,7 +55,7 @@ function table(columns, rows, { click, marked, order } = {}) {
       columns.map(column => el("td", { class: column.wide ? "text" : null }, column.text(row), column.small && column.small(row) ? el("small", {}, column.small(row)) : null)))));
     more.replaceChildren(...(seen.length < rows.length ? [el("button", { onclick: () => { all = true; draw(); } }, `show all ${rows.length}`)] : []));
   }
-  const heads = columns.map((column, i) => el("th", { scope: "col" }, el("button", { onclick: () => {
+  const heads = columns.map((column, i) => el("th", { scope: "col", class: column.wide ? "text" : null }, el("button", { onclick: () => {
     Object.assign(sorted, sorted.column === i ? { down: !sorted.down } : { column: i, down: true });
     heads.forEach((head, j) => j === i ? head.setAttribute("aria-sort", sorted.down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
     draw();

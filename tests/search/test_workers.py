@@ -196,6 +196,32 @@ def test_a_search_in_a_database_survives_its_restart_and_is_read_without_it(tmp_
         prunefront.search(net(), **options(tmp_path / "shared", 14))
 
 
+PROXY = """
+import sys
+from optuna.storages import JournalStorage, run_grpc_proxy_server
+from optuna.storages.journal import JournalFileBackend
+run_grpc_proxy_server(JournalStorage(JournalFileBackend(sys.argv[1])), host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+def test_a_search_and_its_workers_share_a_study_behind_a_proxy(tmp_path):
+    pytest.importorskip("grpc")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", PROXY, str(tmp_path / "behind.journal"), str(port)])
+    try:
+        url = f"grpc://127.0.0.1:{port}"
+        found = prunefront.search(net(), **options(tmp_path / "shared", 8, storage=url))
+        work(net(), **options(tmp_path / "elsewhere" / "shared", 12, storage=url))
+        assert len(finished(found.study)) == 12
+        copied = read_study(tmp_path / "shared")
+        assert [t.values for t in finished(copied)] == [t.values for t in finished(found.study)[:8]]
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_a_storage_that_is_not_there_is_named(tmp_path):
     start = time.monotonic()
     with pytest.raises(StorageError, match="storage postgresql cannot be opened"):
