@@ -20,7 +20,7 @@ def batches(model: torch.nn.Module, folder: Path | None, size: int = 16) -> list
     config = resolve_model_data_config(model)
     if folder is None:
         transform = create_transform(**config, is_training=True, scale=(0.2, 1.0))
-        images = [Image.fromarray(image) for image in load_sample_images().images] * 32
+        images = [Image.fromarray(image) for image in load_sample_images().images] * 64
     else:
         transform = create_transform(**config)
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
