@@ -43,7 +43,7 @@ def test_a_job_that_fails_elsewhere_fails_the_command(tiny, tmp_path):
 
 def test_jobs_of_a_launcher_are_workers_of_one_study(tiny, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = [*tiny, "n_trials=400", "tracker=none", "run_dir=runs/a"]
+    options = [*tiny, "n_trials=800", "tracker=none", "run_dir=runs/a"]
     command = [sys.executable, "-m", "prunefront", "search", *options]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as search:
         deadline = time.monotonic() + 60
@@ -54,5 +54,5 @@ def test_jobs_of_a_launcher_are_workers_of_one_study(tiny, tmp_path):
         assert run(tmp_path, "worker", "runs/a", "-m", *jobs).returncode == 0
         assert search.wait(200) == 0
     trials = finished(read_study(tmp_path / "runs/a"))
-    assert len(trials) == 400 and len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
+    assert len(trials) == 800 and len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
     assert not (tmp_path / "runs/a/multirun.yaml").exists()
