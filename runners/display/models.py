@@ -13,7 +13,7 @@ def finetuned_table(
     found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, float], score_name: str = "score"
 ) -> Table:
     """``found``: metrics of fine-tuned models by name; those from before stand with ``_before``."""
-    table = Table(caption=f"{score_name} before and after; differences are to the dense model")
+    table = Table(caption=f"{score_name} before and after; differences and MACs are to the dense model's")
     for heading in ("model", "search, before", "after", "test, before", "after", "MACs", "steps"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, metrics in found.items():
@@ -22,7 +22,8 @@ def finetuned_table(
             for split in ("score", "test")
             for key in (f"{split}_before", split)
         ]
-        table.add_row(name, *scores, _count(metrics.get("macs"), dense.get("macs")), f"{metrics['steps']:,}")
+        share = f"{metrics['macs'] / dense['macs']:.1%}" if "macs" in metrics and "macs" in dense else "-"
+        table.add_row(name, *scores, share, f"{metrics['steps']:,}")
     return table
 
 
