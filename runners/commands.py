@@ -118,23 +118,10 @@ def tracked_search(
             result = run_search(
                 space.model,
                 task.example_inputs,
-                score=task.score,
-                budget=budget,
+                **search_options(config, budget, task),
                 test=task.test,
-                mode=config.mode,
-                n_trials=config.n_trials,
-                timeout_s=config.timeout_s,
-                patience=config.patience,
-                guide=config.guide,
-                finalists=config.finalists,
-                sampler=sampler_of(config),
-                warm_start=plain(config.warm_start),
-                tuning=tuning_of(config, task),
-                seed=config.seed,
                 run_dir=run_dir,
-                storage=config.storage,
                 space=space,
-                autocast=task.autocast,
                 timing=timing,
                 latency=latency,
                 callbacks=(progress, tracker.trial),
@@ -144,6 +131,20 @@ def tracked_search(
     finally:
         tracker.finish(result)
     return result
+
+
+def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> dict[str, Any]:
+    """Arguments of :func:`prunefront.search` that the search and its workers share."""
+    copied = ("mode", "n_trials", "timeout_s", "patience", "guide", "finalists", "seed", "storage")
+    return {
+        **{name: config[name] for name in copied},
+        "score": task.score,
+        "budget": budget,
+        "sampler": sampler_of(config),
+        "warm_start": plain(config.warm_start),
+        "tuning": tuning_of(config, task),
+        "autocast": task.autocast,
+    }
 
 
 def instantiated(config: DictConfig, name: str, own: type[PrunefrontError]) -> Any:

@@ -11,7 +11,7 @@ from ..search.latency import LatencyModel, Measurements
 from ..search.saved import METRICS, read_json
 from ..spaces import Space
 from ..spaces.errors import StorageError
-from .commands import LATENCY_FILE, chosen_budget, make_task, plain, prepare, sampler_of, timing_of, tuning_of
+from .commands import LATENCY_FILE, chosen_budget, make_task, prepare, search_options, timing_of
 from .display import console, errors
 
 
@@ -29,22 +29,9 @@ def command(config: DictConfig) -> None:
     work(
         space.model,
         task.example_inputs,
-        score=task.score,
-        budget=budget,
-        mode=config.mode,
-        n_trials=config.n_trials,
-        timeout_s=config.timeout_s,
-        patience=config.patience,
-        guide=config.guide,
-        finalists=config.finalists,
-        sampler=sampler_of(config),
-        warm_start=plain(config.warm_start),
-        tuning=tuning_of(config, task),
-        seed=config.seed,
+        **search_options(config, budget, task),
         run_dir=run_dir,
-        storage=config.storage,
         space=space,
-        autocast=task.autocast,
         timing=timing_of(config),
         latency=known_latency(space, run_dir) if "latency" in budget else None,
     )

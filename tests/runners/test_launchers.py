@@ -54,5 +54,6 @@ def test_jobs_of_a_launcher_are_workers_of_one_study(tiny, tmp_path):
         assert run(tmp_path, "worker", "runs/a", "-m", *jobs).returncode == 0
         assert search.wait(200) == 0
     trials = finished(read_study(tmp_path / "runs/a"))
-    assert len(trials) == 800 and len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
+    assert 800 <= len(trials) <= 802  # two of three may each begin what looks like the last one
+    assert len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
     assert not (tmp_path / "runs/a/multirun.yaml").exists()
