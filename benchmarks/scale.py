@@ -12,19 +12,16 @@ telling was seen still there, and was any plan scored again after its value had 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +32,7 @@ from optuna.trial import TrialState
 from torch import nn
 
 import prunefront
+from benchmarks.postgresql import postgresql
 from benchmarks.sampling import SyntheticSpace
 from benchmarks.zoo import machine
 from prunefront.search.budget import Limits
@@ -46,32 +44,6 @@ from prunefront.search.warm_start import Earlier
 
 Row = dict[str, Any]
 GROUPS = 30
-
-
-@contextlib.contextmanager
-def postgresql() -> Iterator[str]:
-    """The URL of a server of our own on loopback, with as many connections as the simulation wants."""
-    folder = Path(tempfile.mkdtemp(prefix="scale-pg"))
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    if as_user:
-        shutil.chown(folder, "postgres")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(*command: str) -> None:
-        subprocess.run([*as_user, str(programs / command[0]), *command[1:]], check=True, stdout=subprocess.DEVNULL)
-
-    data = str(folder / "data")
-    run("initdb", "-D", data, "-U", "tester", "-A", "trust")
-    flags = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=300"
-    run("pg_ctl", "start", "-w", "-D", data, "-l", str(folder / "log"), "-o", flags)
-    try:
-        yield f"postgresql://tester@127.0.0.1:{port}/postgres"
-    finally:
-        run("pg_ctl", "stop", "-m", "immediate", "-D", data)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rate(trials: Sequence[optuna.trial.FrozenTrial]) -> float:
@@ -256,7 +228,8 @@ def kill(minutes: float, processes: int = 4) -> Row:
             return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
 
         running = [start()]
-        time.sleep(10)  # the first one makes the study
+        while not (run_dir / "study.journal").exists():  # the first one makes the study
+            time.sleep(0.2)
         running += [start() for _ in range(processes - 1)]
         rng, deadline, kills, died = random.Random(0), time.monotonic() + 60 * minutes, 0, 0
         while time.monotonic() < deadline:
@@ -322,7 +295,7 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     parts = options.parts.split(",")
-    with postgresql() as url, tempfile.TemporaryDirectory() as folder:
+    with postgresql("max_connections=300") as (url, _), tempfile.TemporaryDirectory() as folder:
         if "workers" in parts:
             for storage in ("journal", "postgresql"):
                 for count in (1, 2, 4):

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from torch import nn
 
 import prunefront
+from benchmarks.postgresql import postgresql, programs
 from prunefront.search.engine import work
 from prunefront.search.liveness import OTHER_HOST_S, UNSIGNED_S, WORKER, is_alive, is_stale, this_process
 from prunefront.search.study import Store, finished, join_study, open_study, read_study, release_stale
@@ -135,42 +136,14 @@ def test_the_same_scored_plans_give_the_same_pick_in_whatever_order(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
+def database():
     """A PostgreSQL server on loopback: its URL, and a function that kills and restarts it."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
+    if programs() is None:
         missing = "PostgreSQL is not installed (Debian: apt install postgresql)"
         pytest.fail(missing) if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") else pytest.skip(missing)
     pytest.importorskip("psycopg")
-    folder = tmp_path_factory.mktemp("postgresql")
-    as_user: list[str] = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        for parent in (folder, *folder.parents[:2]):
-            parent.chmod(0o755)
-        shutil.chown(folder, "postgres")
-        as_user = ["runuser", "-u", "postgres", "--"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = folder / "data"
-
-    def run(*command: str) -> None:
-        subprocess.run([*as_user, str(found[-1] / command[0]), *command[1:]], check=True, stdout=subprocess.DEVNULL)
-
-    def start() -> None:
-        flags = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        run("pg_ctl", "start", "-w", "-D", str(data), "-l", str(folder / "log"), "-o", flags)
-
-    def restart() -> None:
-        run("pg_ctl", "stop", "-m", "immediate", "-D", str(data))
-        start()
-
-    run("initdb", "-D", str(data), "-U", "tester", "-A", "trust")
-    start()
-    try:
-        yield f"postgresql://tester@127.0.0.1:{port}/postgres", restart
-    finally:
-        run("pg_ctl", "stop", "-m", "immediate", "-D", str(data))
+    with postgresql("fsync=off") as server:
+        yield server
 
 
 def test_a_search_in_a_database_survives_its_restart_and_is_read_without_it(tmp_path, database):
