@@ -8,7 +8,7 @@ function widthsSection(run) {
 const keptShare = (group, width) => width / group.size;
 function network(run, one) {
   const entry = one || modelOf(run, state.model) || modelOf(run, run.picked);
-  const rest = one ? [] : run.front.length > 1 ? run.front : [];
+  const rest = one || run.front.length === 1 ? [] : run.front;
   const title = `${entry.name}: the height of a box is the dense width, its filling what is kept. Dashed: a block that is gone.`;
   return [note(title), el("div", { class: "picture" }, picture(run, entry, 130, true)),
     rest.length ? el("div", { class: "picture" }, rest.map(other => el("div", { class: "strip" + (other.name === entry.name ? " chosen" : ""), onclick: () => choose(other.name) },
@@ -69,12 +69,12 @@ function compared(a, b, sign) {
   return sign * (typeof a === "string" ? a.localeCompare(b) : a - b);
 }
 const metricColumn = (key, metrics, dense) => ({
-  title: label(key), key, value: row => metrics(row)[key], text: row => shown(key, metrics(row)[key]), small: row => against(key, metrics(row)[key], dense(row)[key]),
+  title: label(key), value: row => metrics(row)[key], text: row => shown(key, metrics(row)[key]), small: row => against(key, metrics(row)[key], dense(row)[key]),
 });
 function modelsSection(run) {
   const rows = [{ ...run.dense, name: "dense" }, ...run.front], order = { column: -1, down: true };
   const keys = ["score", "test", "guide", ...COSTS, "latency_low_ms", "latency_high_ms", "latency_predicted_ms"].filter(key => run.front.some(entry => entry[key] !== undefined));
-  const columns = [{ title: "model", key: "model", value: row => row.name, text: row => row.name + (row.name === run.picked ? " ●" : "") },
+  const columns = [{ title: "model", value: row => row.name, text: row => row.name + (row.name === run.picked ? " ●" : "") },
     ...keys.map(key => metricColumn(key, row => row, row => row === rows[0] ? {} : run.dense))];
   return section("Models", note("● is the picked model. Shares are of the dense model. The test split was used for these models only, after the search."),
     slot("models", () => table(columns, rows, { order, marked: row => row.name === state.model, click: row => { if (row.name !== "dense") choose(row.name); } })),
@@ -110,17 +110,16 @@ function download(name, make) {
 function historySection(run) {
   const { number, best, hypervolume } = run.history;
   if (!number.length) return null;
-  const finished = new Set(number), { trials } = run;
-  const dots = trials.number.map((n, i) => ({ x: n, y: trials.value[i], i })).filter(point => point.y !== null && finished.has(point.x));
+  const { trials } = run;
+  const dots = withoutWorst(trials.number.map((n, i) => ({ x: n, y: trials.value[i], i })).filter(point => point.y !== null));
   const stairsOf = values => number.map((n, i) => ({ x: n, y: values[i] }));
-  const values = dots.map(point => point.y).sort((a, b) => a - b), low = values[Math.floor(values.length * 0.1)];
   const dense = run.guide === "score" ? run.dense.score : undefined;
   return section("History", chart({
     height: 300, second: hypervolume ? { points: stairsOf(hypervolume), format: value => percent(value, 0), title: "hypervolume" } : undefined,
     x: { title: "trial", domain: [0, Math.max(...number, 1)], format: value => String(value) },
-    y: { title: run.guide === "score" ? "score" : `${run.guide} in the search`, domain: domain([low, ...values.slice(-1), dense]), format: value => String(Number(value.toPrecision(4))) },
+    y: { title: run.guide === "score" ? "score" : `${run.guide} in the search`, domain: domain([...dots.map(point => point.y), dense]), format: figures },
     marks: [
-      { points: dots.filter(point => point.y >= low), shape: "circle", size: 2.5, class: "trials", tip: point => trialText(run, point.i), click: point => showTrial(run, point.i) },
+      { points: dots, shape: "circle", size: 2.5, class: "trials", tip: point => trialText(run, point.i), click: point => showTrial(run, point.i) },
       { points: stairsOf(best), line: "stairs", class: "front" },
     ],
     rules: dense === undefined ? [] : [{ y: dense, class: "reference", text: "dense" }],
@@ -150,7 +149,7 @@ function predictionSection(run) {
   if (!points.length) return null;
   const errors = points.map(point => Math.abs(point.x / point.y - 1)), range = domain(points.flatMap(point => [point.x, point.y]), { pad: 0.1, floor: 0 });
   return section("Latency, predicted and measured", note(`Off by ${percent(errors.reduce((sum, value) => sum + value, 0) / errors.length)} on average over ${points.length} models.`), chart({
-    height: 300, x: { title: "predicted, ms", domain: range, format: value => String(Number(value.toPrecision(4))) }, y: { title: "measured, ms", domain: range, format: value => String(Number(value.toPrecision(4))) },
+    height: 300, x: { title: "predicted, ms", domain: range, format: figures }, y: { title: "measured, ms", domain: range, format: figures },
     marks: [{ points: [{ x: range[0], y: range[0] }, { x: range[1], y: range[1] }], line: "straight", class: "diagonal" },
       { points, shape: "circle", size: 5, class: "front", tip: point => modelText(run, point.entry), click: point => choose(point.entry.name) }],
   }));

@@ -19,6 +19,7 @@ function short(value, digits = 3) {
   const [size, unit] = UNITS.find(([size]) => Math.abs(value) >= size) || [1, ""];
   return String(Number((value / size).toPrecision(digits))) + unit;
 }
+const figures = value => String(Number(value.toPrecision(4)));
 const percent = (value, digits = 1) => (100 * value).toFixed(digits) + " %";
 const LABELS = {
   score: "score (search split)", test: "score (test split)", macs: "MACs", params: "parameters",

@@ -1,6 +1,6 @@
 // The page: a run is chosen when there are several; everything below is drawn from its data.
 const RUNS = JSON.parse(document.getElementById("data").textContent);
-const state = { run: 0, x: null, y: null, model: null };
+const state = { x: null, y: null, model: null, ask: null };
 const slots = {};
 
 const trialName = number => "trial" + String(number).padStart(4, "0");
@@ -24,15 +24,15 @@ function choose(name) {
   for (const part of ["answer", "front", "widths", "models"]) redraw(part);
 }
 function redraw(part) { slots[part].node.replaceChildren(...[slots[part].draw()].flat()); }
-function slot(part, draw, tag = "div") {
-  slots[part] = { node: el(tag), draw };
+function slot(part, draw) {
+  slots[part] = { node: el("div"), draw };
   redraw(part);
   return slots[part].node;
 }
 function openRun(index) {
   const run = RUNS[index];
   LABELS.guide = `${run.guide} in the search`;
-  Object.assign(state, { run: index, x: run.objective, y: "score", model: run.picked, ask: null });
+  Object.assign(state, { x: run.objective, y: "score", model: run.picked, ask: null });
   const sections = [
     heading(run), tiles(run), answerSection(run), frontSection(run), widthsSection(run),
     modelsSection(run), el("div", { class: "pair" }, historySection(run), sensitivitySection(run), importanceSection(run), predictionSection(run)),
@@ -66,8 +66,7 @@ function tiles(run) {
   found.push(tile(shown(score, picked[score]), `${label(score)}${dense[score] === undefined ? "" : `, dense ${shown(score, dense[score])}`}`));
   for (const key of costsOf(run).filter(key => key !== "memory_bytes" && key !== "size_bytes"))
     found.push(tile(percent(picked[key] / dense[key]), `of the dense model's ${label(key)}: ${shown(key, picked[key])}`));
-  const total = Object.values(run.seconds).reduce((sum, value) => sum + value, 0);
-  found.push(tile(duration(total), `for ${run.trials.number.length} trials`));
+  found.push(tile(duration(totalSeconds(run)), `for ${run.trials.number.length} trials`));
   return el("div", { class: "tiles" }, found);
 }
 const duration = seconds => seconds < 100 ? seconds.toFixed(0) + " s" : seconds < 6000 ? (seconds / 60).toFixed(1) + " min" : (seconds / 3600).toFixed(1) + " h";
@@ -96,7 +95,7 @@ function answerSection(run) {
     all.map((question, i) => el("option", { value: i, selected: i === state.ask.index }, question.text)));
   function answerAgain() {
     const best = within(run, asked().key, state.ask.share);
-    if (best) choose(best.name); else { state.model = null; choose(null); }
+    choose(best && best.name);
   }
   number.addEventListener("input", () => {
     const value = parseFloat(number.value);
@@ -152,6 +151,11 @@ function trialText(run, i) {
   const { state: said, value } = run.trials;
   return [trialName(run.trials.number[i]) + (said[i] === "estimate" ? " (given up early: an estimate)" : ""), `${run.guide}  ${shown("guide", value[i])}`, ...costs].join("\n");
 }
+// A few failed candidates far below would leave no room for what matters.
+function withoutWorst(points) {
+  const values = points.map(point => point.y).sort((a, b) => a - b);
+  return points.filter(point => point.y >= values[Math.floor(values.length * 0.1)]);
+}
 function frontChart(run) {
   const { x, y } = state, { trials } = run;
   const guided = y === "guide" || (y === "score" && run.guide === "score");
@@ -168,9 +172,7 @@ function frontChart(run) {
   const tested = y === "score" && knows(run, "test") ? models.map(point => ({ ...point, y: point.entry.test, low: undefined })) : [];
   const text = point => modelText(run, point.entry);
   const known = [...models, ...tested, ...uniform, dense];
-  // A few failed candidates far below would leave no room for what matters.
-  const values = dots.map(point => point.y).sort((a, b) => a - b), low = values[Math.floor(values.length * 0.1)];
-  const shownDots = dots.filter(point => point.y >= low);
+  const shownDots = withoutWorst(dots);
   const marks = [
     { points: shownDots, shape: "circle", size: 2.5, class: "trials", tip: point => trialText(run, point.i), click: point => showTrial(run, point.i) },
     { points: sorted, line: "straight", class: "front" },
@@ -184,7 +186,7 @@ function frontChart(run) {
   const xs = [...shownDots, ...known].map(point => point.x), ys = [...shownDots, ...known].map(point => point.y);
   return [chart({
     x: { title: label(x), domain: domain([...xs, ...rules.slice(0, 1).map(rule => rule.x)], { floor: 0 }), format: value => short(value, 4) + (x === "latency_ms" ? " ms" : "") },
-    y: { title: tested.length ? "score" : label(y), domain: domain(ys), format: value => String(Number(value.toPrecision(4))) }, marks, rules,
+    y: { title: tested.length ? "score" : label(y), domain: domain(ys), format: figures }, marks, rules,
   }), legend([
     ["front", "--blue"], tested.length ? ["squares: the same models on the test split", "--blue"] : null, dots.length ? [`trials${shownDots.length < dots.length ? ` (${dots.length - shownDots.length} of the worst left out)` : ""}`, "--grey"] : null,
     uniform.length ? ["all layers alike", "--orange"] : null, dense.y === undefined ? null : ["dense", "--ink"], ["picked", "--red"]])];
@@ -202,7 +204,7 @@ function comparison() {
   function draw() {
     const value = (run, entry) => looked.share ? 100 * entry[looked.x] / run.dense[looked.x] : entry[looked.x];
     const marks = RUNS.flatMap((run, i) => {
-      const color = `var(--run${i % 8})`, points = [...run.front].map(entry => ({ x: value(run, entry), y: entry[looked.y], entry, run })).sort((a, b) => a.x - b.x);
+      const color = `var(--run${i % 8})`, points = run.front.map(entry => ({ x: value(run, entry), y: entry[looked.y], entry, run })).sort((a, b) => a.x - b.x);
       return [
         { points, line: "straight", class: "compared", color },
         { points, shape: "circle", size: 5, class: "compared", color, tip: point => `${run.name}\n${modelText(run, point.entry)}`, click: point => { openTab(i); choose(point.entry.name); } },
@@ -212,7 +214,7 @@ function comparison() {
     const points = marks.flatMap(mark => mark.points);
     holder.replaceChildren(chart({
       x: { title: label(looked.x) + (looked.share ? ", % of the dense model" : ""), domain: domain(points.map(p => p.x), { floor: 0 }), format: number => short(number, 4) },
-      y: { title: label(looked.y), domain: domain(points.map(p => p.y)), format: number => String(Number(number.toPrecision(4))) }, marks,
+      y: { title: label(looked.y), domain: domain(points.map(p => p.y)), format: figures }, marks,
     }), legend(RUNS.map((run, i) => [run.name, `--run${i % 8}`])));
   }
   const absolute = el("select", { onchange: () => { looked.share = absolute.value === "share"; draw(); } },
