@@ -27,7 +27,7 @@ from .front import knee, non_dominated, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
-from .saved import FINETUNED, METRICS, RESULT, load, read_json, read_plan, read_saved, save_model, write_json
+from .saved import FINETUNED, METRICS, RESULT, load_with, read_json, read_saved, save_model, write_json
 from .study import finished
 from .timing import Timing
 from .tuning import STOPPED
@@ -296,8 +296,7 @@ def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
 def _read(entry: Entry, dense: nn.Module) -> nn.Module:
     """What was saved, which takes no repairs; built anew where it cannot be read."""
     try:
-        is_alone = not read_plan(entry.path)["needs_dense_model"]
-        model = load(entry.path, None if is_alone else dense)
+        model = load_with(entry.path, lambda: dense)
     except StorageError:
         return entry.build()
     device = next((tensor.device for tensor in dense.parameters()), torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{directory} cannot be loaded alone ({content['needs_dense_model']}); pass load(path, model=dense_model)"
         )
     return rebuild(content["structure"], tensors)
+
+
+def load_with(path: str | Path, dense: Callable[[], nn.Module]) -> nn.Module:
+    """As :func:`load`; ``dense`` makes the dense model, asked only where JSON could not express the structure."""
+    return load(path, dense() if read_plan(resolve(Path(path)))["needs_dense_model"] else None)
 
 
 def read_saved(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

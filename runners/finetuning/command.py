@@ -10,12 +10,12 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.saved import FINETUNED, METRICS, load, read_json, read_plan
+from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
 from ..commands import best_within, instantiated, make_task, plain
 from ..display import TrainingProgress, console, finetuned_table
-from ..report import read_run
+from ..runs import read_run
 from ..tasks import Task
 from ..tracking import Guarded
 from .engine import Finetuned, finetune
@@ -55,7 +55,7 @@ def trained(
             " and task.loss=my_module.loss"
         )
     check_device(config.device)
-    teacher = _loaded(run_dir / DENSE, task).to(config.device) if recipe.needs_dense else None
+    teacher = load_with(run_dir / DENSE, task.make_model).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:
         source = run_dir / DENSE if pick == DENSE else run_dir / "front" / pick
@@ -104,7 +104,7 @@ def _one(
     try:
         with TrainingProgress(title) as progress:
             found = finetune(
-                _loaded(source, task).to(config.device),
+                load_with(source, task.make_model).to(config.device),
                 training=task.training,
                 loss=task.loss,
                 score=task.score,
@@ -122,8 +122,3 @@ def _one(
     finally:
         tracker.finish_finetuning(None if found is None else found.metrics)
     return found
-
-
-def _loaded(folder: Path, task: Task) -> nn.Module:
-    """A model of the run; the task's own is asked for only where JSON could not express its structure."""
-    return load(folder, task.make_model() if read_plan(folder)["needs_dense_model"] else None)
