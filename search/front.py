@@ -36,18 +36,28 @@ def hypervolume(scores: Values, costs: Values, reference: tuple[float, float]) -
     return float(area)
 
 
+class GrowingFront:
+    """The front of points that come one by one: ``points`` (score, cost), and ``volume``, their :func:`hypervolume`."""
+
+    def __init__(self, reference: tuple[float, float]) -> None:
+        self.reference = reference
+        self.points: list[tuple[float, float]] = []
+        self.volume = 0.0
+
+    def add(self, score: float, cost: float) -> float:
+        """The hypervolume with the new point."""
+        if all(known < score or price > cost for known, price in self.points):
+            self.points = [(known, price) for known, price in self.points if known > score or price < cost]
+            self.points.append((score, cost))
+            scores, costs = zip(*self.points, strict=True)
+            self.volume = hypervolume(scores, costs, self.reference)
+        return self.volume
+
+
 def hypervolumes(scores: Values, costs: Values, reference: tuple[float, float]) -> list[float]:
     """The :func:`hypervolume` of the first point, the first two, and so on."""
-    front: list[tuple[float, float]] = []
-    found: list[float] = []
-    for score, cost in zip(scores, costs, strict=True):
-        if all(known < score or price > cost for known, price in front):
-            front = [(known, price) for known, price in front if known > score or price < cost]
-            front.append((float(score), float(cost)))
-            found.append(hypervolume([known for known, _ in front], [price for _, price in front], reference))
-        else:
-            found.append(found[-1])
-    return found
+    front = GrowingFront(reference)
+    return [front.add(float(score), float(cost)) for score, cost in zip(scores, costs, strict=True)]
 
 
 def thinned(costs: Values, most: int) -> list[int]:

@@ -14,10 +14,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search import Result
-from ...search.front import hypervolume
+from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.saved import FINETUNED, METRICS, PLAN, WEIGHTS, read_json
 from ..finetuning import Progress
+from ..runs import is_multirun
 from .figures import coordinates_figure, front_figure, front_of
 
 #: Of a search's time, what pictures and tables on the way may take.
@@ -25,8 +26,6 @@ SHARE_OF_TIME = 0.01
 LEAST_PAUSE_S = 30.0
 #: Seconds that the first pictures take, Plotly's import included.
 FIRST_DRAWING_S = 1.5
-#: What Hydra leaves in the folder of several runs.
-MULTIRUN = "multirun.yaml"
 #: Columns of the table of trials before those of costs and groups.
 FIRST_COLUMNS = ("trial", "state", "value")
 
@@ -77,7 +76,8 @@ class WandbTracker:
             mode = "offline"
         self.offline = mode == "offline"
         # Of a multirun all runs are together, with their fine-tunings.
-        shared = run_dir.resolve().parent if (run_dir.resolve().parent / MULTIRUN).exists() else run_dir
+        parent = run_dir.resolve().parent
+        shared = parent if is_multirun(parent) else run_dir
         self.search_id = _identity(run_dir / "wandb" / "prunefront-id")
         self.run = wandb.init(
             project=self.project,
@@ -143,7 +143,7 @@ class WandbTracker:
     def finish(self, result: Result | None) -> None:
         import wandb
 
-        if self.history is not None and self.history.undrawn:
+        if self.history is not None and self.history.waiting:
             self._draw(self.history)
         if result is None:
             self.run.finish(exit_code=1)
@@ -203,11 +203,12 @@ class _History:
         self.sizes = {group["name"]: group["size"] for group in read_json(run_dir / "space.json")["groups"]}
         self.points: list[tuple[float, float, str]] = []
         self.rows: list[dict[str, Any]] = []
-        self.front: list[tuple[float, float]] = []  # (value, cost)
-        self.reference: tuple[float, float] | None = None
-        self.volume, self.ended, self.undrawn = 0.0, 0, False
+        self.costs = [key for key in dense if key in COSTS]
+        self.front: GrowingFront | None = None
+        self.ended = 0
         self.data: Any = None
         self.drawing, self.drawn_at = FIRST_DRAWING_S, time.monotonic()
+        #: Rows that are not in W&B's table yet.
         self.waiting: list[list[Any]] = []
         for trial in before:
             self.add(trial)
@@ -216,37 +217,34 @@ class _History:
         """What is logged of the trial."""
         costs, is_complete = trial.user_attrs.get("costs", {}), trial.state == TrialState.COMPLETE
         widths = trial.user_attrs.get("plan", {}).get("widths", {})
-        self.ended, self.undrawn = self.ended + 1, True
+        self.ended += 1
         value = trial.values[0] if is_complete else None
         state = "complete" if is_complete else trial.user_attrs.get("error", trial.state.name.lower())
-        numbers = [costs.get(key) for key in self.dense if key in COSTS]
+        numbers = [costs.get(key) for key in self.costs]
         self.waiting.append([trial.number, str(state), value, *numbers, *(widths.get(name) for name in self.sizes)])
         values: dict[str, Any] = {"trial": trial.number, "feasible": is_complete}
         values |= {f"cost/{key}": cost for key, cost in costs.items()}
         if is_complete:
             values[self.guide] = value
             self._complete(trial.values[0], costs[self.objective], trial.number, widths)
-        if self.points:
-            values[f"best/{self.guide}"] = max(value for value, _ in self.front)
-            values["hypervolume"] = self.volume
+        if self.front is not None:
+            values[f"best/{self.guide}"] = max(value for value, _ in self.front.points)
+            values["hypervolume"] = self.front.volume
         return values
 
     def _complete(self, value: float, cost: float, number: int, widths: Mapping[str, int]) -> None:
         self.points.append((cost, value, f"trial{number:04d}"))
         self.rows.append({"value": value, "widths": widths})
         # The hypervolume counts from 0, or from twice the first value where values are negative (losses).
-        self.reference = self.reference or (min(0.0, 2 * value), self.dense[self.objective])
-        if all(known < value or price > cost for known, price in self.front):
-            self.front = [(known, price) for known, price in self.front if known > value or price < cost]
-            self.front.append((value, cost))
-            self.volume = hypervolume([v for v, _ in self.front], [c for _, c in self.front], self.reference)
+        self.front = self.front or GrowingFront((min(0.0, 2 * value), self.dense[self.objective]))
+        self.front.add(value, cost)
 
     def table(self) -> Any:
         """W&B's incremental table, with the rows that it has not got yet."""
         import wandb
 
         if self.data is None:
-            columns = [*FIRST_COLUMNS, *(key for key in self.dense if key in COSTS), *self.sizes]
+            columns = [*FIRST_COLUMNS, *self.costs, *self.sizes]
             self.data = wandb.Table(columns=cast(Any, columns), log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in self.waiting:
             self.data.add_data(*row)
@@ -258,7 +256,7 @@ class _History:
         return time.monotonic() - self.drawn_at > max(LEAST_PAUSE_S, self.drawing / SHARE_OF_TIME)
 
     def took(self, seconds: float) -> None:
-        self.drawing, self.drawn_at, self.undrawn = seconds, time.monotonic(), False
+        self.drawing, self.drawn_at = seconds, time.monotonic()
 
 
 def _model_artifact(name: str, folder: Path, made_from: str | None) -> Any:
