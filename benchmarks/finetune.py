@@ -22,7 +22,7 @@ from torch import nn
 import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.commands import best_within
-from prunefront.runners.report import read_run
+from prunefront.runners.runs import read_run
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.base import Epoch
 from prunefront.runners.tasks.cifar_resnet import augment, cifar_resnet

@@ -38,14 +38,13 @@ from .beside import beside
 from .check import check_model
 from .display import SearchProgress, console, errors, front_table, latency_view, multirun_table, space_view, stairs_view
 from .finetuning.trial import TrialTuning
-from .report import differing_overrides, own_overrides, read_run, write_report
+from .report import write_report
+from .runs import dense_cost, differing_overrides, is_multirun, own_overrides, read_run, run_folders
 from .tasks import Task
 from .tracking import Guarded
 
 #: The budget of a search that names none.
 DEFAULT_BUDGET = {"macs": "50%"}
-#: What Hydra leaves in the folder of several runs.
-MULTIRUN = "multirun.yaml"
 #: What latency was predicted from, in the run's folder.
 LATENCY_FILE = "latency.json"
 #: Keys of a task that a search makes no use of: other values are no other task.
@@ -352,7 +351,7 @@ def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None
 def front(config: DictConfig) -> None:
     """Show the front of a run, or the picks of a multirun; with a budget, what holds it and the best of that."""
     run_dir, budget = Path(config.run), given_budget(config)
-    if (run_dir / MULTIRUN).exists():
+    if is_multirun(run_dir):
         return show_multirun(run_dir, budget, config.json)
     run = read_run(run_dir)
     entries, picked = run["front"], run["picked"]
@@ -372,7 +371,7 @@ def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> Non
         SearchError: no run is finished, or none has a model within the budget.
     """
     rows = []
-    for run_dir in sorted(filter(Path.is_dir, folder.iterdir()), key=lambda path: (len(path.name), path.name)):
+    for run_dir in run_folders(folder):
         try:
             run = read_run(run_dir)
             name = best_within(run, budget)[0] if budget else run["picked"]
@@ -397,8 +396,7 @@ def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> Non
 def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:
     """Of a run's front the name of the best entry that holds the budget, and all that do. Raises SearchError."""
     dense = run["dense"]
-    costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
-    limits = parse_budget(budget, costs, dense_ms=dense.get("latency_ms"))
+    limits = parse_budget(budget, dense_cost(dense), dense_ms=dense.get("latency_ms"))
     rows = {
         entry["name"]: [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
         for entry in run["front"]
@@ -413,16 +411,16 @@ def report(config: DictConfig) -> None:
     """Write report.html of a finished run again, or one page that compares several runs."""
     given = [config.run] if isinstance(config.run, str) else list(config.run)
     folders = [folder for text in given for folder in finished_runs(Path(text))]
-    beside = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
-    path = write_report(folders, Path(config.path) if config.path else beside)
+    own = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
+    path = write_report(folders, Path(config.path) if config.path else own)
     console.print(str(path), soft_wrap=True, highlight=False)
 
 
 def finished_runs(folder: Path) -> list[Path]:
     """The folder itself, or the finished runs in the folder of a multirun. Raises StorageError if there is none."""
-    if not (folder / MULTIRUN).exists():
+    if not is_multirun(folder):
         return [folder]
-    found = sorted((path.parent for path in folder.glob(f"*/{RESULT}")), key=lambda path: (len(path.name), path.name))
+    found = [run_dir for run_dir in run_folders(folder) if (run_dir / RESULT).exists()]
     if not found:
         raise StorageError(f"no run in {folder} is finished")
     return found

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..search.saved import METRICS, read_json, read_plan
 from .display import BAR, bar, console, front_table
 from .finetuning.command import picks
-from .report import read_run
+from .runs import read_run
 
 
 def pick(config: DictConfig) -> None:

@@ -15,7 +15,7 @@ from ..spaces.errors import ConfigError
 from .commands import chosen_budget, discover_for, make_task, output_folder, searched
 from .display import console, finetuned_table
 from .finetuning.command import trained
-from .report import read_run
+from .runs import read_run
 
 #: The costs that rounds approach, with their places in a cost.
 _COSTS = {"macs": "macs", "params": "params", "memory": "memory_bytes", "size": "size_bytes"}

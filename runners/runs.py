@@ -1,15 +1,29 @@
-"""What a finished search has left in its folder."""
+"""What searches and multiruns leave in their folders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ...search.saved import METRICS, RESULT, read_json
-from ...spaces.errors import StorageError
+from ..search.saved import METRICS, RESULT, read_json
+from ..spaces import Cost
+from ..spaces.errors import StorageError
+
+#: What Hydra leaves in the folder of several runs.
+MULTIRUN = "multirun.yaml"
+
+
+def is_multirun(folder: Path) -> bool:
+    """Whether the runs are in folders of this one."""
+    return (folder / MULTIRUN).exists()
+
+
+def run_folders(multirun: Path) -> list[Path]:
+    """The folders in that of a multirun, in the order of their jobs."""
+    return sorted(filter(Path.is_dir, multirun.iterdir()), key=lambda path: (len(path.name), path.name))
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -32,6 +46,11 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if result.get("picked") not in names or result.get("objective") not in dense:
         raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")
     return {**result, "dense": dense, "space": space}
+
+
+def dense_cost(dense: Mapping[str, Any]) -> Cost:
+    """Of the dense model's metrics, as :func:`read_run` has them."""
+    return Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
 
 
 def own_overrides(run_dir: Path) -> list[str]:

@@ -10,7 +10,7 @@ from ...search.saved import FINETUNED, METRICS, load, read_json, read_plan
 from ...spaces.errors import ConfigError
 from ..display import console, errors
 from ..finetuning.command import picks
-from ..report import read_run
+from ..runs import read_run
 from .card import write_card
 from .formats import FORMATS
 from .huggingface import export_huggingface

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,10 @@ from ...search.problem import COLUMNS, COST_SHARE, CRITERION
 from ...search.result import is_estimate
 from ...search.saved import read_plan
 from ...search.study import finished, read_study
-from ...spaces import Cost
-from .runs import own_overrides, read_run
+from ..runs import dense_cost, own_overrides, read_run
 
 #: Importance of fewer trials than this says nothing.
 LEAST_TRIALS = 20
-#: Keys of a model's metrics that are for programs.
-NOT_SHOWN = ("latency_conditions", "latency_warnings", "name", "task")
 
 
 def described_run(run_dir: Path) -> dict[str, Any]:
@@ -65,8 +63,7 @@ def described_run(run_dir: Path) -> dict[str, Any]:
 def limits(run: Mapping[str, Any]) -> dict[str, float]:
     """By limited cost the largest value that the budget allows, in the cost's own unit."""
     dense = run["dense"]
-    costs = Cost(**{key: dense[key] for key in Cost.__dataclass_fields__})
-    parsed = parse_budget(run["space"]["search"]["budget"], costs, True, dense.get("latency_ms"))
+    parsed = parse_budget(run["space"]["search"]["budget"], dense_cost(dense), True, dense.get("latency_ms"))
     found = {key: limit for key, limit in zip(COLUMNS, parsed.values, strict=True) if math.isfinite(limit)}
     if COLUMNS[LATENCY_COLUMN] in found:
         found[COLUMNS[LATENCY_COLUMN]] *= dense.get("latency_ms", math.nan)
@@ -84,15 +81,11 @@ def _model(run_dir: Path, entry: Mapping[str, Any], groups: Sequence[Mapping[str
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key not in NOT_SHOWN and isinstance(value, int | float) and math.isfinite(value)
-    }
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def trial_columns(study: optuna.Study, groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """All ended trials by column, shorter than by row: number, value, state, estimate, costs and widths."""
+    """All ended trials by column, shorter than by row: number, value, state, costs and widths."""
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and "costs" in t.user_attrs]
     names = [group["name"] for group in groups]
     costs = [key for key in COLUMNS if any(key in t.user_attrs["costs"] for t in trials)]
@@ -129,13 +122,10 @@ def history(
     The hypervolume is a share of the rectangle between the dense model's cost and cost 0, and between the best value
     and the first one; it is what two objectives have.
     """
-    best: list[float] = []
-    for trial in trials:
-        best.append(max(trial.values[0], best[-1]) if best else trial.values[0])
-    found: dict[str, list[float]] = {"number": [t.number for t in trials], "best": best}
+    values = [t.values[0] for t in trials]
+    found: dict[str, list[float]] = {"number": [t.number for t in trials], "best": list(accumulate(values, max))}
     if len(study.directions) > 1 and trials:
         costs = [t.user_attrs["costs"][objective] for t in trials]
-        values = [t.values[0] for t in trials]
         reference = (min(values), dense[objective])
         whole = (max(values) - reference[0]) * reference[1] or 1.0
         found["hypervolume"] = [area / whole for area in hypervolumes(values, costs, reference)]

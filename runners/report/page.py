@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..runs import differing_overrides
 from .content import described_run
-from .runs import differing_overrides
 
 STYLES = ("style.css",)
 SCRIPTS = ("elements.js", "charts.js", "page.js", "details.js")
