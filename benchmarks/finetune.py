@@ -21,7 +21,7 @@ from torch import nn
 
 import prunefront
 from benchmarks.zoo import machine
-from prunefront.runners.commands import best_within
+from prunefront.runners.picking import best, within
 from prunefront.runners.runs import read_run
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.base import Epoch
@@ -46,7 +46,8 @@ def starts(task: Task, model: nn.Module, share: str, runs: Sequence[Path]) -> di
     )
     found = {"uniform": space.apply(prunefront.project(space, {"macs": share})).eval()}
     for run_dir in runs:
-        name, _ = best_within(read_run(run_dir), {"macs": share})
+        run = read_run(run_dir)
+        name = best(within(run, {"macs": share}, run["front"]))["name"]
         found[f"{run_dir.name}/{name}"] = prunefront.load(run_dir / "front" / name)
     return found
 

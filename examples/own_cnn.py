@@ -55,11 +55,12 @@ def main() -> None:
         budget={"macs": "50%"},
         calibration=list(loader(slice(0, 1000))),
         n_trials=30,
+        show_progress_bar=True,
         run_dir="runs/own_cnn",
     )
     smaller = train(result.best.model(), training, epochs=3)
-    print(f"dense {accuracy(model, testing):.3f}, pruned {result.best.metrics['test']:.3f}", end=", ")
-    print(f"trained on {accuracy(smaller, testing):.3f} with {result.best.metrics['macs']:,} MACs")
+    print(result)
+    print(f"after three more epochs: {accuracy(smaller, testing):.4f}")
 
 
 if __name__ == "__main__":

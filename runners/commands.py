@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
+import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
@@ -26,7 +26,8 @@ from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
-from ..search.saved import METRICS, RESULT, read_json, save_model, write_json
+from ..search.progress import SearchProgress
+from ..search.saved import METRICS, load_with, read_json, save_model, write_json
 from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
@@ -35,11 +36,11 @@ from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageEr
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .beside import beside
-from .check import check_model
-from .display import SearchProgress, console, errors, front_table, latency_view, multirun_table, space_view, stairs_view
+from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
+from .overrides import to_be_repeated
 from .report import write_report
-from .runs import dense_cost, differing_overrides, is_multirun, own_overrides, read_run, run_folders
+from .runs import read_run
 from .tasks import Task
 from .tracking import Guarded
 
@@ -77,8 +78,10 @@ def searched(
 
     ``start``: a saved model that takes the place of the task's.
     """
+    began = time.monotonic()
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir, start)
+    console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
     timing, latency = timing_of(config), None
     if "latency" in budget:
         if timing is None:
@@ -102,7 +105,7 @@ def tracked_search(
     budget: dict[str, str],
     task: Task,
     space: Space,
-    dense: dict[str, float],
+    dense: dict[str, Any],
     run_dir: Path,
     timing: Timing | None,
     latency: LatencyModel | None,
@@ -113,12 +116,14 @@ def tracked_search(
     tracker.start(plain(config), run_dir, dense, objective)
     result = None
     try:
-        with beside(config.workers, run_dir) as others, SearchProgress(config.n_trials, objective, dense) as progress:
+        bar = SearchProgress(config.n_trials, objective, dense, console)
+        with beside(config.workers, run_dir) as others, bar as progress:
             result = run_search(
                 space.model,
                 task.example_inputs,
                 **search_options(config, budget, task),
                 test=task.test,
+                dense=dense,
                 run_dir=run_dir,
                 space=space,
                 timing=timing,
@@ -130,6 +135,14 @@ def tracked_search(
     finally:
         tracker.finish(result)
     return result
+
+
+def dense_line(dense: Mapping[str, Any], seconds: float) -> str:
+    """What the search starts from, and how long it took to get there: a task may train its model first."""
+    scores = f"{dense['score_name']} {dense['score']:.4f}"
+    if "test" in dense:
+        scores += f" (test {dense['test']:.4f})"
+    return f"dense: {scores}, {dense['macs']:,} MACs, {dense['params']:,} params, ready in {seconds:.1f} s"
 
 
 def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> dict[str, Any]:
@@ -203,8 +216,8 @@ def make_task(config: DictConfig) -> Task:
 
 def prepare(
     task: Task, config: DictConfig, run_dir: Path, start: str | Path | None = None
-) -> tuple[Space, dict[str, float]]:
-    """The space of the dense model, and the model's metrics; the run keeps both model and metrics in ``dense``.
+) -> tuple[Space, dict[str, Any]]:
+    """The space of the dense model, and the model's metrics with their ``score_name``; the run keeps both in ``dense``.
 
     ``start``: a saved model that is the dense one instead of the task's.
 
@@ -218,17 +231,29 @@ def prepare(
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
-    if kept is not None and (task.trains or start is not None):
-        model = load(folder)
+    if kept is not None:
+        model = kept_model(folder, task, start)
     else:
         model = task.make_model() if start is None else load(Path(start))
     space = discover_for(task, model, config)
     if kept is None:
         metrics = dense_metrics(task, model, space.dense_cost)
-        save_model(folder, model, None, {**metrics, "task": described}, task.example_inputs)
+        save_model(
+            folder, model, None, {**metrics, "task": described, "score_name": task.score_name}, task.example_inputs
+        )
     else:
         metrics = {key: value for key, value in kept.items() if key != "task"}
-    return space, metrics
+    return space, {**metrics, "score_name": task.score_name}
+
+
+def kept_model(folder: Path, task: Task, start: str | Path | None) -> nn.Module:
+    """The dense model from the run's folder: all processes map the same file, so that memory holds its weights once."""
+    try:
+        return load_with(folder, task.make_model)
+    except StorageError:
+        if task.trains or start is not None:
+            raise
+        return task.make_model()  # of a class that has not been imported yet, for example
 
 
 def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
@@ -260,7 +285,7 @@ def dense_metrics(task: Task, model: nn.Module, cost: Cost) -> dict[str, float]:
     return metrics
 
 
-def show_result(result: Result, task: Task, dense: dict[str, float]) -> None:
+def show_result(result: Result, task: Task, dense: dict[str, Any]) -> None:
     rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
     console.print(front_table(rows, result.best.name, dense, task.score_name))
     total = sum(result.seconds.values()) or 1.0
@@ -268,8 +293,9 @@ def show_result(result: Result, task: Task, dense: dict[str, float]) -> None:
     console.print(f"{total:.1f} s: {parts}", style="dim")
     console.print(f"run     {result.run_dir}", soft_wrap=True, highlight=False)
     console.print(f"report  {result.run_dir}/report.html", soft_wrap=True, highlight=False)
-    console.print(f'load    prunefront.load("{result.run_dir}")', soft_wrap=True, highlight=False)
-    console.print(f"more    prunefront search resume={result.run_dir} n_trials=...", soft_wrap=True, highlight=False)
+    show_load(result.run_dir)
+    more = shlex.join([f"resume={result.run_dir}", *to_be_repeated(result.run_dir)])
+    console.print(f"more    prunefront search {more} n_trials=...", soft_wrap=True, highlight=False)
 
 
 def space(config: DictConfig) -> None:
@@ -346,95 +372,6 @@ def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None
         print(json.dumps({"steps": described, "override": override(stairs), "target": target}, indent=1))
     else:
         console.print(stairs_view(stairs, timing.target.description))
-
-
-def front(config: DictConfig) -> None:
-    """Show the front of a run, or the picks of a multirun; with a budget, what holds it and the best of that."""
-    run_dir, budget = Path(config.run), given_budget(config)
-    if is_multirun(run_dir):
-        return show_multirun(run_dir, budget, config.json)
-    run = read_run(run_dir)
-    entries, picked = run["front"], run["picked"]
-    if budget:
-        picked, entries = best_within(run, budget)
-    if config.json:
-        print(json.dumps({"picked": picked, "front": entries, "dense": run["dense"]}, indent=1))
-        return
-    console.print(front_table(entries, picked, run["dense"]))
-    console.print(f'load    prunefront.load("{run_dir / "front" / picked}")', soft_wrap=True, highlight=False)
-
-
-def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> None:
-    """One row a run: what was set in it, and its pick, or its best within ``budget``.
-
-    Raises:
-        SearchError: no run is finished, or none has a model within the budget.
-    """
-    rows = []
-    for run_dir in run_folders(folder):
-        try:
-            run = read_run(run_dir)
-            name = best_within(run, budget)[0] if budget else run["picked"]
-        except (StorageError, SearchError) as error:
-            errors.print(f"{run_dir} is left out: {error}", style="yellow", highlight=False, soft_wrap=True)
-            continue
-        entry = next(entry for entry in run["front"] if entry["name"] == name)
-        rows.append({"run": str(run_dir), "overrides": own_overrides(run_dir), "dense": run["dense"], **entry})
-    if not rows:
-        raise SearchError(f"no finished run in {folder} has a model to show")
-    differing = differing_overrides([row["overrides"] for row in rows])
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    best = max(rows, key=lambda row: row["score"])
-    console.print(multirun_table(rows, differing, best["run"]))
-    console.print(
-        f'load    prunefront.load("{Path(best["run"]) / "front" / best["name"]}")', soft_wrap=True, highlight=False
-    )
-
-
-def best_within(run: Mapping[str, Any], budget: Mapping[str, str]) -> tuple[str, list[Any]]:
-    """Of a run's front the name of the best entry that holds the budget, and all that do. Raises SearchError."""
-    dense = run["dense"]
-    limits = parse_budget(budget, dense_cost(dense), dense_ms=dense.get("latency_ms"))
-    rows = {
-        entry["name"]: [*(entry[key] for key in Cost.__dataclass_fields__), entry.get("latency_ratio_high", math.inf)]
-        for entry in run["front"]
-    }
-    entries = [entry for entry in run["front"] if limits.holds(rows[entry["name"]])]
-    if not entries:
-        raise SearchError("no model of the front of the run holds the budget; search with it")
-    return max(entries, key=lambda entry: entry["score"])["name"], entries
-
-
-def report(config: DictConfig) -> None:
-    """Write report.html of a finished run again, or one page that compares several runs."""
-    given = [config.run] if isinstance(config.run, str) else list(config.run)
-    folders = [folder for text in given for folder in finished_runs(Path(text))]
-    own = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
-    path = write_report(folders, Path(config.path) if config.path else own)
-    console.print(str(path), soft_wrap=True, highlight=False)
-
-
-def finished_runs(folder: Path) -> list[Path]:
-    """The folder itself, or the finished runs in the folder of a multirun. Raises StorageError if there is none."""
-    if not is_multirun(folder):
-        return [folder]
-    found = [run_dir for run_dir in run_folders(folder) if (run_dir / RESULT).exists()]
-    if not found:
-        raise StorageError(f"no run in {folder} is finished")
-    return found
-
-
-def load_check(config: DictConfig) -> None:
-    """Load a saved model as a stranger would, and compare it with what was written down about it."""
-    for module in config.modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"modules: cannot import {module}: {error}") from error
-    for line in check_model(Path(config.run)):
-        console.print(f"[green]ok[/] {line}", soft_wrap=True)
 
 
 def given_budget(config: DictConfig) -> dict[str, str]:

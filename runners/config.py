@@ -254,7 +254,7 @@ class Front:
     """``prunefront front RUN``."""
 
     run: str = MISSING
-    budget: Budget = field(default_factory=Budget)
+    pick: Budget = field(default_factory=Budget)
     json: bool = False
 
 
@@ -328,7 +328,6 @@ class Export:
 
     run: str = MISSING
     pick: Pick = field(default_factory=Pick)
-    finetuned: str | None = None
     format: str = "onnx"
     path: str | None = None
     dynamic_batch: bool = True

@@ -1,56 +1,80 @@
-"""``prunefront pick`` and ``prunefront show``: one model of a run, for programs and for people."""
+"""Which models of a run are meant: its pick, names, or the best within a budget."""
 
 from __future__ import annotations
 
-import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Group
-from rich.table import Table
 
-from ..search.saved import METRICS, read_json, read_plan
-from .display import BAR, bar, console, front_table
-from .finetuning.command import picks
-from .runs import read_run
+from ..search.budget import parse_budget
+from ..spaces import Cost
+from ..spaces.errors import ConfigError, SearchError
+from .runs import DENSE, TUNED, dense_cost, own_overrides
 
+#: Options of a search that another search of the same model repeats.
+_OF_THE_MODEL = ("task", "space", "target")
 
-def pick(config: DictConfig) -> None:
-    """Print the folder of the best model within a budget, for other programs."""
-    run_dir = Path(config.run)
-    names = picks(read_run(run_dir), config.pick)
-    folders = [str(run_dir / "front" / name) for name in names]
-    print(json.dumps(folders) if config.json else "\n".join(folders))
+Entry = Mapping[str, Any]
 
 
-def show(config: DictConfig) -> None:
-    """Show one model of a run in detail: scores and costs beside the dense model's, and the width of every group."""
-    run_dir = Path(config.run)
-    run = read_run(run_dir)
-    found = [described(run_dir, run, name) for name in picks(run, config.pick)]
-    if config.json:
-        print(json.dumps(found, indent=1))
-        return
-    for model in found:
-        entry = {"name": model["name"], **model["metrics"]}
-        console.print(Group(front_table([entry], model["name"], run["dense"]), widths_table(model["groups"])))
-        console.print(f'load    prunefront.load("{model["path"]}")', soft_wrap=True, highlight=False)
+def picks(run: Mapping[str, Any], pick: DictConfig, entries: Sequence[Entry]) -> list[str]:
+    """Names of those of ``entries`` that ``pick`` asks for: by default the picked model of ``run``, or what was
+    fine-tuned of it, whichever has the higher score.
+
+    Raises:
+        ConfigError: names that there are none of, or names and a budget.
+        SearchError: none holds the budget.
+    """
+    budget = given_limits(pick)
+    if pick.names is None:
+        held = within(run, budget, entries) if budget else versions(run["picked"], entries)
+        return [best(held)["name"]]
+    if budget:
+        raise ConfigError("pick takes names or a budget, not both")
+    known = [entry["name"] for entry in entries]
+    names = known if pick.names == "all" else [pick.names] if isinstance(pick.names, str) else list(pick.names)
+    if unknown := [name for name in names if name not in (*known, DENSE)]:
+        raise ConfigError(f"pick: the run has no {', '.join(map(str, unknown))}; it has {', '.join([*known, DENSE])}")
+    return names
 
 
-def described(run_dir: Path, run: dict[str, Any], name: str) -> dict[str, Any]:
-    folder = run_dir / "front" / name
-    widths = read_plan(folder)["widths"] or {}
-    groups = [{**group, "width": widths.get(group["name"], group["size"])} for group in run["space"]["groups"]]
-    return {"name": name, "path": str(folder), "metrics": read_json(folder / METRICS), "groups": groups}
+def given_limits(pick: DictConfig) -> dict[str, str]:
+    """The budget in ``pick``."""
+    return {str(key): value for key, value in pick.items() if key != "names" and value is not None}
 
 
-def widths_table(groups: list[dict[str, Any]]) -> Table:
-    """``groups`` in the order of the forward: name, kind, size, and the width that is kept."""
-    table = Table(caption="in the order of the forward; a bar is the share that is kept")
-    for heading, side in (("group", "left"), ("kind", "left"), ("dense", "right"), ("kept", "right"), ("", "left")):
-        table.add_column(heading, justify=side, width=BAR if not heading else None)  # type: ignore[arg-type]
-    for group in groups:
-        share = group["width"] / group["size"]
-        table.add_row(group["name"], group["kind"], f"{group['size']:,}", f"{group['width']:,}", bar(share))
-    return table
+def best(entries: Sequence[Entry]) -> Entry:
+    """Of the highest score on the search data; of equals the first."""
+    return max(entries, key=lambda entry: entry.get("score", -math.inf))
+
+
+def versions(name: str, entries: Sequence[Entry]) -> list[Entry]:
+    """The model and what was fine-tuned of it."""
+    return [entry for entry in entries if entry["name"].partition(TUNED)[0] == name]
+
+
+def within(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> list[Entry]:
+    """Those of ``entries`` that hold the budget. Raises SearchError if there is none."""
+    dense = run["dense"]
+    limits = parse_budget(budget, dense_cost(dense), dense_ms=dense.get("latency_ms"))
+
+    def holds(entry: Entry) -> bool:
+        costs = [entry[key] for key in Cost.__dataclass_fields__]
+        return limits.holds([*costs, entry.get("latency_ratio_high", math.inf)])
+
+    found = [entry for entry in entries if holds(entry)]
+    if not found:
+        asked = [f"budget.{key}={value}" for key, value in budget.items()]
+        raise SearchError(f"no model of {run['path']} holds the budget; search for one: {_search(run['path'], asked)}")
+    return found
+
+
+def _search(run_dir: str, budget: Sequence[str]) -> str:
+    """How to search for the budget with what the run has learnt; runs of the Python API have no options to repeat."""
+    kept = [text for text in own_overrides(Path(run_dir)) if text.partition("=")[0].partition(".")[0] in _OF_THE_MODEL]
+    task = shlex.join(kept) or "task=..."
+    return f"prunefront search {task} {' '.join(budget)} {shlex.quote(f'warm_start=[{run_dir}]')}"

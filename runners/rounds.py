@@ -13,7 +13,7 @@ from ..search.saved import METRICS, read_json, write_json
 from ..spaces import Cost
 from ..spaces.errors import ConfigError
 from .commands import chosen_budget, discover_for, make_task, output_folder, searched
-from .display import console, finetuned_table
+from .display import console, finetuned_table, show_load
 from .finetuning.command import trained
 from .runs import read_run
 
@@ -52,7 +52,7 @@ def command(config: DictConfig) -> None:
         start = found.path
         write_json(run_dir / "rounds.json", {"dense": vars(dense), "rounds": history})
     console.print(finetuned_table(rows, read_run(run_dir / "round1")["dense"], task.score_name))
-    console.print(f'load    prunefront.load("{start}")', soft_wrap=True, highlight=False)
+    show_load(str(start))
 
 
 def budgets(budget: Mapping[str, str], dense: Cost, rounds: int) -> list[dict[str, str]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.saved import METRICS, RESULT, read_json
+from ..search.saved import FINETUNED, METRICS, RESULT, read_json
 from ..spaces import Cost
 from ..spaces.errors import StorageError
 
 #: What Hydra leaves in the folder of several runs.
 MULTIRUN = "multirun.yaml"
+#: The dense model's place among a run's models.
+DENSE = "dense"
+#: Between the names of a model and of the recipe that it was fine-tuned with.
+TUNED = "+"
 
 
 def is_multirun(folder: Path) -> bool:
@@ -27,7 +31,8 @@ def run_folders(multirun: Path) -> list[Path]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """What a finished search has left: result.json, with ``dense`` (its metrics as far as known) and ``space``.
+    """What a finished search has left: result.json, with ``dense`` (its metrics as far as known), ``space``,
+    ``finetuned`` (entries like those of the front, of what was trained from its models), ``score_name`` and ``path``.
 
     Raises:
         StorageError: this is no finished run, or it is damaged.
@@ -37,15 +42,39 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / RESULT).exists():
         raise StorageError(f"{run_dir} is no finished run: it has no {RESULT}; finish it with resume={run_dir}")
     result, space = read_json(run_dir / RESULT), read_json(run_dir / "space.json")
-    dense = dict(space.get("dense_cost", {}))
-    if (run_dir / "dense" / METRICS).exists():
-        dense |= read_json(run_dir / "dense" / METRICS)
+    dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
+    if (run_dir / DENSE / METRICS).exists():
+        dense |= read_json(run_dir / DENSE / METRICS)
     if "dense_latency_ms" in result:
         dense["latency_ms"] = result["dense_latency_ms"]
     names = [entry.get("name") for entry in result.get("front", [])]
     if result.get("picked") not in names or result.get("objective") not in dense:
         raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")
-    return {**result, "dense": dense, "space": space}
+    return {
+        **result,
+        "dense": dense,
+        "space": space,
+        "finetuned": list(_finetuned(run_dir)),
+        "score_name": dense.pop("score_name", "score"),
+        "path": str(run_dir),
+    }
+
+
+def _finetuned(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Of all models in the run's ``front``, those that a longer search has left behind too."""
+    for path in sorted((run_dir / "front").glob(f"*/{FINETUNED}/*/{METRICS}")):
+        folder = path.parent
+        # The curves of the training are in the file for those who want them.
+        metrics = {key: value for key, value in read_json(path).items() if not isinstance(value, dict | list)}
+        yield {"name": f"{folder.parent.parent.name}{TUNED}{folder.name}", **metrics}
+
+
+def folder_of(run_dir: Path, name: str) -> Path:
+    """Where the model of that name is saved: ``dense``, ``trial0012``, or ``trial0012+sgd`` after fine-tuning."""
+    if name == DENSE:
+        return run_dir / DENSE
+    trial, _, recipe = name.partition(TUNED)
+    return run_dir / "front" / trial / FINETUNED / recipe if recipe else run_dir / "front" / trial
 
 
 def dense_cost(dense: Mapping[str, Any]) -> Cost:

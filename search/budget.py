@@ -92,6 +92,11 @@ def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
         expected = ", ".join(unit for unit in units if unit)
         raise BudgetError(f"cannot read budget {key}={text!r}; expected a number, alone or with {expected} or %")
     number = float(match[1])
+    if 0 < number < 1 and not match[2]:
+        share = f"{100 * number:g}%"
+        raise BudgetError(
+            f"budget {key}={text!r} is less than one; write {key}={share} for a share of the dense model's"
+        )
     limit = number / 100 * dense if match[2] == "%" else number * units[match[2]] * scale
     if limit <= 0:
         raise BudgetError(f"budget {key}={text!r} must be positive")

@@ -10,7 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from .front import non_dominated
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
 from .liveness import WORKER, this_process
-from .problem import CRITERION, SHARES, Problem, objective_of
+from .problem import CRITERION, LATENCY_MS, SHARES, Problem, objective_of
+from .progress import SearchProgress
 from .racing import Raced
 from .result import PARTLY, Judge, Judging, Result, Verification, collect
 from .samplers import make_sampler
@@ -73,6 +75,7 @@ def search(
     budget: Mapping[str, str | float] | None = None,
     calibration: Iterable[Any] | None = None,
     test: Score | None = None,
+    dense: Mapping[str, Any] | None = None,
     mode: str = "budget",
     n_trials: int = 100,
     timeout_s: float | None = None,
@@ -97,6 +100,7 @@ def search(
     callbacks: Sequence[Callback] = (),
     before_judging: Callable[[], None] | None = None,
     judging: Judging | None = None,
+    show_progress_bar: bool = False,
 ) -> Result:
     """Find the best pruned models and save them in ``run_dir``.
 
@@ -105,12 +109,15 @@ def search(
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; without one it is the fidelity to the dense model's outputs on ``calibration``. ``test`` is
-    called for the front only. ``guide``: what trials are told. ``score`` is that; ``fidelity`` that to the dense
-    model's outputs on 1,000 samples of the score's data, or of ``calibration``, which needs no labels and is smoother
-    than an accuracy; ``auto`` is fidelity where ``score`` is a :class:`.scores.SampleScore`. Losers against the best so
-    far are given up after part of the samples. The ``finalists`` best trials (by default 5) are repaired thoroughly and
-    get the whole ``score``, and the best of them is picked; along a front these are at most so many (20) that no other
-    trial beats, spread over the range of costs.
+    called for the front and the dense model only. ``dense``: the dense model's ``score`` and ``test``, where they are
+    known already.
+
+    ``guide``: what trials are told. ``score`` is that; ``fidelity`` that to the dense model's outputs on 1,000 samples
+    of the score's data, or of ``calibration``, which needs no labels and is smoother than an accuracy; ``auto`` is
+    fidelity where ``score`` is a :class:`.scores.SampleScore`. Losers against the best so far are given up after part
+    of the samples. The ``finalists`` best trials (by default 5) are repaired thoroughly and get the whole ``score``;
+    the best of them is picked. Along a front these are at most so many (20) that no other trial beats, spread over the
+    range of costs.
 
     ``calibration``: batches of training data, readable again and again, with which candidates are repaired; models
     with BatchNorm need it. ``criterion``: which units stay; of several, the search chooses. ``compensation``, ``loss``,
@@ -129,7 +136,8 @@ def search(
     journal (``postgresql://...``, ``mysql://...``, or ``grpc://host:port`` of Optuna's proxy). Others join with
     :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are
     called with ``(study, trial)`` as in Optuna, ``before_judging`` once all trials are done: models are measured and
-    scored in this process alone. ``judging`` is then told how many of how many models are done.
+    scored in this process alone. ``judging`` is then told how many of how many models are done. ``show_progress_bar``
+    as in Optuna.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -138,11 +146,13 @@ def search(
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
     prepared = _prepared(locals())
+    bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
-        prepared.run.trials(n_trials, timeout_s, patience, callbacks)
-        if before_judging is not None:
-            before_judging()
-        return prepared.collected(test, finalists, judging)
+        with bar or nullcontext():
+            prepared.run.trials(n_trials, timeout_s, patience, [*callbacks, *([bar] if bar else [])])
+            if before_judging is not None:
+                before_judging()
+            return prepared.collected(test, finalists, judging or (bar.judging if bar else None), dense)
     except OSError as error:
         raise _no_room(prepared.store.run_dir, error) from error
 
@@ -184,7 +194,14 @@ class _Prepared:
     timing: Timing | None
     has_budget: bool
 
-    def collected(self, test: Score | None, finalists: int | None, judging: Judging | None) -> Result:
+    def bar(self, n_trials: int) -> SearchProgress:
+        problem = self.run.problem
+        known = {} if problem.latency is None else {LATENCY_MS: problem.latency.dense_ms}
+        return SearchProgress(n_trials, problem.objective, asdict(problem.space.dense_cost) | known)
+
+    def collected(
+        self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any] | None
+    ) -> Result:
         """The front, judged by this process while the others are done."""
         run, limits = self.run, self.run.problem.limits
         verification = None
@@ -192,8 +209,17 @@ class _Prepared:
             verification = Verification(self.timing, limits.values[LATENCY_COLUMN], self.inputs)
         judge = Judge(run.candidates, run.guided, self.inputs, test, verification)
         keep_copy(run.study, self.store)
-        objective = run.problem.objective
-        return collect(self.store.run_dir, run.study, judge, objective, self.has_budget, finalists, run.reason, judging)
+        return collect(
+            self.store.run_dir,
+            run.study,
+            judge,
+            run.problem.objective,
+            self.has_budget,
+            finalists,
+            run.reason,
+            judging,
+            dense,
+        )
 
 
 def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:

@@ -9,7 +9,7 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from ..spaces import Plan, Space
 from ..spaces.errors import SearchError, StorageError
 from ..spaces.inputs import Inputs
+from ..spaces.trace import evaluating
 from .candidates import Candidates, Score
 from .front import knee, non_dominated, thinned
 from .guidance import Guidance
@@ -51,7 +52,7 @@ class Entry:
     guide: what its trial was told."""
 
     name: str
-    plan: Plan
+    plan: Plan = field(repr=False)
     metrics: Mapping[str, Any]
     #: Folder of the saved model, for :func:`prunefront.load`.
     path: Path
@@ -62,12 +63,13 @@ class Entry:
         return self.build()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What a search found.
+    """What a search found; ``print(result)`` is a table of it.
 
     ``front``: the non-dominated entries of score against ``objective``, cheapest first. ``best``: the one with
-    the highest score within the budget; without a budget the knee of the front.
+    the highest score within the budget; without a budget the knee of the front. ``dense``: metrics of the dense model,
+    named like those of the entries.
     """
 
     best: Entry
@@ -79,6 +81,19 @@ class Result:
     run_dir: Path
     #: Seconds by part: ask, project, build, recalibrate, score, tell, test, save.
     seconds: Mapping[str, float]
+    dense: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        rows = [("dense", self.dense), *((entry.name, entry.metrics) for entry in self.front)]
+        shown = [key for key in ("score", "test", "macs", "params", LATENCY_MS) if key in self.best.metrics]
+        lines = [f"{'':12}" + "".join(f"{key:>16}" for key in shown)]
+        lines += [f"{name:12}" + "".join(_cell(metrics.get(key)) for key in shown) for name, metrics in rows]
+        count = f"{len(self.front)} model{'s' * (len(self.front) > 1)}"
+        return "\n".join([f"{count} in {self.run_dir}, best: {self.best.name}", *lines])
+
+
+def _cell(value: Any) -> str:
+    return f"{'-' if value is None else f'{value:,.4f}' if isinstance(value, float) else f'{value:,}':>16}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,21 @@ class Judge:
             return entry
         return self._saved(replace(entry, metrics=metrics), candidate)
 
+    def dense(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics of the dense model; ``known``: those that need not be scored again."""
+        space = self.candidates.space
+        metrics: dict[str, Any] = {**asdict(space.dense_cost), **known}
+        functions = {"score": self.guided.score, "test": self.test}
+        for name, function in functions.items():
+            if function is None or name in known:
+                continue
+            try:
+                with evaluating(space.model):
+                    metrics[name] = self.candidates.score(space.model, function, name)
+            except Exception as error:
+                logger.warning("the dense model has no %s: %s: %s", name, type(error).__name__, error)
+        return metrics
+
     def _saved(self, entry: Entry, candidate: nn.Module) -> Entry:
         with self.candidates.timer.part("save"):
             save_model(entry.path, candidate, entry.plan, entry.metrics, self.inputs)
@@ -168,10 +198,12 @@ def collect(
     finalists: int | None,
     reason: str,
     judging: Judging | None = None,
+    dense: Mapping[str, Any] | None = None,
 ) -> Result:
     """The front of the finalists of ``study``. Those that miss a budget of latency give way to the next.
 
-    ``finalists``: how many, or None for the default. ``judging``: told how many of how many are done.
+    ``finalists``: how many, or None for the default. ``judging``: told how many of how many are done. ``dense``: scores
+    of the dense model that are known.
 
     Raises:
         SearchError: no trial was finished, or none holds the latency budget.
@@ -206,6 +238,7 @@ def collect(
     best = len(entries) - 1
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
+    described = judge.dense(dense or _known_dense(run_dir))
     seconds = dict(candidates.timer.seconds)
     write_json(
         run_dir / RESULT,
@@ -213,6 +246,7 @@ def collect(
             "picked": entries[best].name,
             "objective": objective,
             "front": [{"name": entry.name, **entry.metrics} for entry in entries],
+            "dense": described,
             "seconds": seconds,
             "sensitivity": sensitivity(candidates.space),
             "machine": this_machine(),
@@ -221,7 +255,13 @@ def collect(
         },
     )
     _remove_others(run_dir / "front", {entry.name for entry in entries})
-    return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds)
+    return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described)
+
+
+def _known_dense(run_dir: Path) -> dict[str, Any]:
+    """What an earlier session of the same run has found out about the dense model."""
+    known: dict[str, Any] = read_json(run_dir / RESULT).get("dense", {}) if (run_dir / RESULT).exists() else {}
+    return known
 
 
 def sensitivity(space: Space) -> dict[str, list[list[float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def save_model(
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The saved model in evaluation mode; of a run's folder, the picked one.
+    """The saved model in evaluation mode; of a run's folder, the picked one, or what was fine-tuned of it if that has
+    the higher score.
 
     Nothing is unpickled, and nothing outside of torch, torchvision, timm and transformers is imported: import
     the module that defines your own class first. ``model``, the dense model (any weights), is needed only for models
@@ -104,13 +106,18 @@ def read_saved(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 def resolve(path: Path) -> Path:
-    """The folder of a saved model: ``path`` itself, or the picked model of the run in ``path``."""
+    """The folder of a saved model: ``path`` itself, or the picked model of the run in ``path``, in the version with the
+    highest score: as it was found, or fine-tuned."""
     if (path / PLAN).exists() or not (path / RESULT).exists():
         return path
     picked = read_json(path / RESULT).get("picked")
     if not isinstance(picked, str) or Path(picked).name != picked:
         raise StorageError(f"{path / RESULT} is damaged: it names no picked model")
-    return path / "front" / picked
+    found = path / "front" / picked
+    versions = [found, *(metrics.parent for metrics in sorted(found.glob(f"{FINETUNED}/*/{METRICS}")))]
+    if len(versions) == 1:
+        return found
+    return max(versions, key=lambda folder: read_json(folder / METRICS).get("score", -math.inf))
 
 
 def read_plan(directory: Path) -> dict[str, Any]:

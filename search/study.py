@@ -199,7 +199,12 @@ def check_described(found: dict[str, Any], space: Space, header: dict[str, Any],
     search = found.get("search", {})
     differing = [key for key, value in header.items() if search.get(key, _UNSAID.get(key)) != value]
     if "weights" in differing or (not differing and found.get("fingerprint") != space.fingerprint):
-        raise SearchError(f"{where} belongs to another model; choose another run_dir")
+        what = (
+            "a model with other weights"
+            if search and found.get("fingerprint") == space.fingerprint
+            else "another model"
+        )
+        raise SearchError(f"{where} belongs to {what}; choose another run_dir")
     if differing:
         changes = ", ".join(f"{key} {search.get(key)!r}, not {header[key]!r}" for key in differing)
         raise SearchError(f"the search in {where} has {changes}; choose another run_dir, or continue with the same")

@@ -13,7 +13,7 @@ TOLD = {
     "bert_heads": "trial",
     "custom_target": "ms, ",
     "llama_checkpoint": "parameters, read back within",
-    "own_cnn": "trained on",
+    "own_cnn": "after three more epochs",
     "timm_without_labels": "fidelity",
 }
 

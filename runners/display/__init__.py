@@ -1,16 +1,13 @@
-"""What the command line shows: progress, tables, log messages, all on one console."""
+"""What the command line shows: tables and log messages, all on one console."""
 
-from .console import ConsoleHandler, console, errors
+from .console import ConsoleHandler, console, errors, show_load
 from .latency import latency_view, stairs_view
-from .models import BAR, bar, finetuned_table, front_table, multirun_table
-from .progress import SearchProgress, TrainingProgress
+from .models import BAR, bar, finetuned_table, front_table, multirun_table, widths_table
 from .space import folded_names, number_range, space_view
 
 __all__ = [
     "BAR",
     "ConsoleHandler",
-    "SearchProgress",
-    "TrainingProgress",
     "bar",
     "console",
     "errors",
@@ -20,6 +17,8 @@ __all__ = [
     "latency_view",
     "multirun_table",
     "number_range",
+    "show_load",
     "space_view",
     "stairs_view",
+    "widths_table",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,3 +18,8 @@ class ConsoleHandler(RichHandler):
 
     def __init__(self, level: int | str = logging.NOTSET) -> None:
         super().__init__(level=level, console=console, show_path=False, show_time=False)
+
+
+def show_load(folder: Path | str) -> None:
+    """How a saved model is read from Python."""
+    console.print(f'load    prunefront.load("{folder}")', soft_wrap=True, highlight=False)

@@ -13,26 +13,30 @@ def finetuned_table(
     found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, float], score_name: str = "score"
 ) -> Table:
     """``found``: metrics of fine-tuned models by name; those from before stand with ``_before``."""
-    table = Table(caption=f"{score_name} before and after; differences and MACs are to the dense model's")
-    for heading in ("model", "search, before", "after", "test, before", "after", "MACs", "steps"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table = Table(caption=f"{score_name} after fine-tuning, what that gained, how far it is from dense; share of MACs")
+    for heading in ("model", "search, gained", "test, gained", "to dense", "MACs", "steps"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=heading == "model")
     for name, metrics in found.items():
-        scores = [
-            _score(metrics.get(key), dense.get(split))
-            for split in ("score", "test")
-            for key in (f"{split}_before", split)
-        ]
+        split = "test" if "test" in metrics else "score"
         share = f"{metrics['macs'] / dense['macs']:.1%}" if "macs" in metrics and "macs" in dense else "-"
-        table.add_row(name, *scores, share, f"{metrics['steps']:,}")
+        gains = [_gain(metrics.get(key), metrics.get(f"{key}_before")) for key in ("score", "test")]
+        scores = [
+            f"{_score(metrics.get(key), None)} {gain}" for key, gain in zip(("score", "test"), gains, strict=True)
+        ]
+        table.add_row(name, *scores, _gain(metrics.get(split), dense.get(split)), share, f"{metrics['steps']:,}")
     return table
 
 
 def front_table(
-    entries: Sequence[Mapping[str, Any]], picked: str, dense: Mapping[str, float], score_name: str = "score"
+    entries: Sequence[Mapping[str, Any]], picked: str | None, dense: Mapping[str, float], score_name: str = "score"
 ) -> Table:
-    """``entries``: name and metrics of each model of the front; ``dense``: those of the dense model, where known."""
+    """``entries``: name and metrics of each model; ``dense``: those of the dense model, where known.
+
+    What was fine-tuned (``trial0012+sgd``) stands below what it was trained from; ``picked`` has a row of its own at
+    the top.
+    """
     table = Table(caption="shares are of the dense model; the test split was used for these models only")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     kinds = dict(_KINDS)
     if any("latency_ratio" in entry for entry in entries):
         kinds["latency_ms"] = ("latency", _milliseconds)
@@ -43,14 +47,36 @@ def front_table(
         return [kind(metrics.get(key), dense.get(key)) for key, (_, kind) in kinds.items()]
 
     table.add_row("dense", *_cells(dense, {}), end_section=True)
-    chosen = next(entry for entry in entries if entry["name"] == picked)
-    table.add_row(f"picked ({picked})", *_cells(chosen, dense), style="bold green", end_section=True)
     for entry in entries:
-        table.add_row(entry["name"], *_cells(entry, dense))
+        if entry["name"] == picked:
+            table.add_row(f"picked ({picked})", *_cells(entry, dense), style="bold green", end_section=True)
+    for entry in _below_their_own(entries):
+        if entry["name"] != "dense" and not (len(entries) == 1 and picked):
+            table.add_row(entry["name"], *_cells(entry, dense))
     return table
 
 
-def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], best: str) -> Table:
+def _below_their_own(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Fine-tuned models after what they were trained from, or at the end where that is not among ``entries``."""
+    trials = [entry["name"].partition("+")[0] for entry in entries]
+    places = {trial: place for place, trial in reversed(list(enumerate(trials)))}
+    return [entry for _, entry in sorted(zip(trials, entries, strict=True), key=lambda pair: places[pair[0]])]
+
+
+def widths_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """``groups`` in the order of the forward: name, kind, size, and the width that is kept."""
+    table = Table(caption="in the order of the forward; a bar is the share that is kept")
+    for heading, side in (("group", "left"), ("kind", "left"), ("dense", "right"), ("kept", "right"), ("", "left")):
+        table.add_column(heading, justify=side, width=BAR if not heading else None)  # type: ignore[arg-type]
+    for group in groups:
+        share = group["width"] / group["size"]
+        table.add_row(group["name"], group["kind"], f"{group['size']:,}", f"{group['width']:,}", bar(share))
+    return table
+
+
+def multirun_table(
+    rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], best: str, score_name: str = "score"
+) -> Table:
     """``rows``: name and metrics of the pick of each ``run``, with those of its ``dense`` model."""
     table = Table(caption="shares are of the dense model of each run; the best score is marked")
     table.add_column("run")
@@ -59,7 +85,7 @@ def multirun_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], 
     if any("latency_ratio" in row for row in rows):
         shown["latency_ms"] = ("latency", _milliseconds)
     for heading, _ in shown.values():
-        table.add_column(heading.format(score="score"), justify="right")
+        table.add_column(heading.format(score=score_name), justify="right")
     for row, text in zip(rows, overrides, strict=True):
         cells = [kind(row.get(key), row["dense"].get(key)) for key, (_, kind) in shown.items()]
         table.add_row(Path(row["run"]).name, text, *cells, style="bold green" if row["run"] == best else None)
@@ -84,6 +110,10 @@ def _score(value: float | None, dense: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if dense is None else f"{value:.4f} ({value - dense:+.4f})"
+
+
+def _gain(value: float | None, reference: float | None) -> str:
+    return "" if value is None or reference is None else f"{value - reference:+.4f}"
 
 
 def _count(value: float | None, dense: float | None) -> str:

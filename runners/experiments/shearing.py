@@ -23,10 +23,11 @@ from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
 from ..commands import make_task, plain, prepare
-from ..display import TrainingProgress, console
+from ..display import console
 from ..exporting.huggingface import check_uniform, export_huggingface
 from ..finetuning import Finetuned, Recipe, finetune
 from ..finetuning.command import check_device
+from ..finetuning.progress import TrainingProgress
 from ..tasks import Task
 from ..tasks.hf_causal_lm import AUTO
 from ..tasks.huggingface import config_for, takes
@@ -119,7 +120,7 @@ def train(config: DictConfig, task: Task, model: nn.Module, plan: Plan, folder: 
     before = {"score": scored(model, task.score, task)}
     every = max(1, round(config.tokens / tokens_of(task) / config.points))
     recipe = Recipe.of({**options, "steps": steps, "evaluate_steps": every})
-    with TrainingProgress(folder.name) as progress:
+    with TrainingProgress(folder.name, console) as progress:
         return finetune(
             model.to(config.device),
             training=task.training,

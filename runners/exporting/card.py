@@ -34,7 +34,7 @@ def write_card(
     lines = [
         f"# {title}",
         "",
-        "Structurally pruned with [prunefront](https://pypi.org/project/prunefront/): a smaller model, without masks.",
+        "Structurally pruned with prunefront: a smaller model, without masks.",
         "",
         f"- search: mode {search['mode']}, budget {budget}",
         f"- units by {search['criterion']}, repaired by {search['compensation']}, {steps}",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ...search.saved import FINETUNED, METRICS, load, read_json, read_plan
+from ...search.saved import METRICS, load, read_json, read_plan
 from ...spaces.errors import ConfigError
 from ..display import console, errors
-from ..finetuning.command import picks
-from ..runs import read_run
+from ..picking import picks
+from ..runs import folder_of, read_run
 from .card import write_card
 from .formats import FORMATS
 from .huggingface import export_huggingface
@@ -27,10 +27,8 @@ def command(config: DictConfig) -> None:
         raise ConfigError(f"format must be one of {', '.join(known)}, not {config.format!r}")
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    for name in picks(run, config.pick):
-        source = run_dir / "front" / name if name != "dense" else run_dir / "dense"
-        if config.finetuned is not None:
-            source = source / FINETUNED / config.finetuned
+    for name in picks(run, config.pick, [*run["front"], *run["finetuned"]]):
+        source = folder_of(run_dir, name)
         folder = Path(config.path) if config.path else source / "export" / config.format
         with errors.status(f"exporting {source}"):
             export(source, folder, config.format, config.dynamic_batch)

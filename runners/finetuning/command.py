@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,43 @@ from torch import nn
 from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
-from ..commands import best_within, instantiated, make_task, plain
-from ..display import TrainingProgress, console, finetuned_table
-from ..runs import read_run
+from ..commands import instantiated, make_task, plain
+from ..display import console, errors, finetuned_table, show_load
+from ..picking import picks
+from ..report import write_report
+from ..runs import DENSE, TUNED, folder_of, read_run
 from ..tasks import Task
 from ..tracking import Guarded
 from .engine import Finetuned, finetune
+from .progress import TrainingProgress
 from .recipe import Recipe
-
-#: The dense model's place among the picks.
-DENSE = "dense"
 
 
 def command(config: DictConfig) -> None:
     """Train picked models of a run back, with or without the dense model as a teacher."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    names = picks(run, config.pick)
+    names = picks(run, config.pick, run["front"])
     task = make_task(config)
     done = trained(config, task, run_dir, names)
     console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
+    for pick, found in done.items():
+        if (gained := _gained(found.metrics)) is not None and gained < 0:
+            errors.print(
+                f"{pick} got worse by {-gained:.4f}: try a lower finetune.lr or more finetune.epochs; the model as it "
+                f"was stays the pick",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
     for found in done.values():
-        console.print(f'load    prunefront.load("{found.path}")', soft_wrap=True, highlight=False)
+        show_load(str(found.path))
+    console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True, highlight=False)
+
+
+def _gained(metrics: Mapping[str, Any]) -> float | None:
+    """Of the score on the search data, where there is one."""
+    return metrics["score"] - metrics["score_before"] if {"score", "score_before"} <= metrics.keys() else None
 
 
 def trained(
@@ -58,23 +73,9 @@ def trained(
     teacher = load_with(run_dir / DENSE, task.make_model).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:
-        source = run_dir / DENSE if pick == DENSE else run_dir / "front" / pick
-        done[pick] = _one(config, task, recipe, teacher, run_dir, source / FINETUNED / name, history)
+        folder = folder_of(run_dir, pick) / FINETUNED / name
+        done[f"{pick}{TUNED}{name}"] = _one(config, task, recipe, teacher, run_dir, folder, history)
     return done
-
-
-def picks(run: dict[str, Any], pick: DictConfig) -> list[str]:
-    """Names of the models of the front that ``pick`` asks for. Raises ConfigError, SearchError."""
-    known = [entry["name"] for entry in run["front"]]
-    budget = {str(key): value for key, value in pick.items() if key != "names" and value is not None}
-    if pick.names is None:
-        return [best_within(run, budget)[0] if budget else run["picked"]]
-    if budget:
-        raise ConfigError("pick takes names or a budget, not both")
-    names = known if pick.names == "all" else [pick.names] if isinstance(pick.names, str) else list(pick.names)
-    if unknown := [name for name in names if name not in (*known, DENSE)]:
-        raise ConfigError(f"pick: the front has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
-    return names
 
 
 def check_device(name: str) -> None:
@@ -102,7 +103,7 @@ def _one(
     tracker.start_finetuning(plain(config), run_dir, title)
     found = None
     try:
-        with TrainingProgress(title) as progress:
+        with TrainingProgress(title, console) as progress:
             found = finetune(
                 load_with(source, task.make_model).to(config.device),
                 training=task.training,

@@ -300,12 +300,12 @@ class Loop:
 def check_identity(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises FinetuneError if ``found`` there is that of another model or recipe."""
     differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-    anew = "set another finetune.name (run_dir), or restart=true"
+    anew = "train anew with restart=true, or save elsewhere: finetune.name=..., in Python run_dir=..."
     if "model" in differing:
-        raise FinetuneError(f"{where} was made from another model or plan; {anew}")
+        raise FinetuneError(f"{where} was trained from another plan or other weights; {anew}")
     if differing:
         changes = ", ".join(f"{key} {found.get(key)!r}, not {expected.get(key)!r}" for key in differing)
-        raise FinetuneError(f"{where} was made with {changes}; give the same, {anew}")
+        raise FinetuneError(f"{where} was made with {changes}; give the same; {anew}")
 
 
 def scored(model: nn.Module, score: Score, name: str, autocast: torch.dtype | None) -> float:

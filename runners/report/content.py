@@ -19,7 +19,7 @@ from ...search.problem import COLUMNS, COST_SHARE, CRITERION
 from ...search.result import is_estimate
 from ...search.saved import read_plan
 from ...search.study import finished, read_study
-from ..runs import dense_cost, own_overrides, read_run
+from ..runs import dense_cost, folder_of, own_overrides, read_run
 
 #: Importance of fewer trials than this says nothing.
 LEAST_TRIALS = 20
@@ -45,6 +45,8 @@ def described_run(run_dir: Path) -> dict[str, Any]:
         "dense": _numbers(run["dense"]),
         "limits": limits(run),
         "front": [_model(run_dir, entry, groups) for entry in run["front"]],
+        "finetuned": [_model(run_dir, entry, groups) for entry in run["finetuned"]],
+        "score_name": run["score_name"],
         "groups": groups,
         "frozen": run["space"]["frozen"],
         "trials": trial_columns(study, groups),
@@ -71,10 +73,12 @@ def limits(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _model(run_dir: Path, entry: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    widths = read_plan(run_dir / "front" / entry["name"])["widths"]
+    folder = folder_of(run_dir, entry["name"])
+    widths = read_plan(folder)["widths"]
     return {
         **_numbers(entry),
         "name": entry["name"],
+        "folder": str(folder.relative_to(run_dir)),
         "widths": [widths[group["name"]] for group in groups],
         "warnings": list(entry.get("latency_warnings", [])),
     }

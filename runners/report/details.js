@@ -72,11 +72,11 @@ const metricColumn = (key, metrics, dense) => ({
   title: label(key), value: row => metrics(row)[key], text: row => shown(key, metrics(row)[key]), small: row => against(key, metrics(row)[key], dense(row)[key]),
 });
 function modelsSection(run) {
-  const rows = [{ ...run.dense, name: "dense" }, ...run.front], order = { column: -1, down: true };
-  const keys = ["score", "test", "guide", ...COSTS, "latency_low_ms", "latency_high_ms", "latency_predicted_ms"].filter(key => run.front.some(entry => entry[key] !== undefined));
+  const rows = [{ ...run.dense, name: "dense" }, ...run.models], order = { column: -1, down: true };
+  const keys = ["score", "test", "guide", ...COSTS, "latency_low_ms", "latency_high_ms", "latency_predicted_ms"].filter(key => run.models.some(entry => entry[key] !== undefined));
   const columns = [{ title: "model", value: row => row.name, text: row => row.name + (row.name === run.picked ? " ●" : "") },
     ...keys.map(key => metricColumn(key, row => row, row => row === rows[0] ? {} : run.dense))];
-  return section("Models", note("● is the picked model. Shares are of the dense model. The test split was used for these models only, after the search."),
+  return section("Models", note("● is the picked model; what was fine-tuned is named after it and the recipe (trial0012+sgd). Shares are of the dense model. The test split was used for these models only, after the search."),
     slot("models", () => table(columns, rows, { order, marked: row => row.name === state.model, click: row => { if (row.name !== "dense") choose(row.name); } })),
     download(`${run.name}-models.csv`, () => csv(["model", ...keys, ...run.groups.map(group => group.name)],
       rows.map(row => [row.name, ...keys.map(key => row[key]), ...(row.widths || run.groups.map(group => group.size))]))));

@@ -4,7 +4,11 @@ const state = { x: null, y: null, model: null, ask: null };
 const slots = {};
 
 const trialName = number => "trial" + String(number).padStart(4, "0");
-const modelOf = (run, name) => name === "dense" ? run.dense : run.front.find(entry => entry.name === name);
+const modelOf = (run, name) => name === "dense" ? run.dense : run.models.find(entry => entry.name === name);
+const isTuned = entry => entry.name.includes("+");
+// The picked model, or what was fine-tuned of it if that has the higher score.
+const taken = run => best(run.models.filter(entry => entry.name.split("+")[0] === run.picked)).name;
+const best = entries => entries.reduce((best, entry) => !best || entry.score > best.score ? entry : best, null);
 const knows = (run, key) => run.front.every(entry => entry[key] !== undefined);
 const costsOf = run => COSTS.filter(key => knows(run, key) && run.dense[key] !== undefined);
 const scoresOf = run => SCORES.filter(key => knows(run, key));
@@ -12,6 +16,7 @@ const scoresOf = run => SCORES.filter(key => knows(run, key));
 const judged = (entry, cost) => cost === "latency_ms" ? entry.latency_high_ms ?? entry.latency_ms : entry[cost];
 
 function prepare(run) {
+  run.models = [...run.front, ...run.finetuned];
   const place = new Map(run.trials.number.map((number, i) => [trialName(number), i]));
   for (const entry of run.front) {
     const value = run.trials.value[place.get(entry.name)];
@@ -32,7 +37,8 @@ function slot(part, draw) {
 function openRun(index) {
   const run = RUNS[index];
   LABELS.guide = `${run.guide} in the search`;
-  Object.assign(state, { x: run.objective, y: "score", model: run.picked, ask: null });
+  [LABELS.score, LABELS.test] = [`${run.score_name} (search split)`, `${run.score_name} (test split)`];
+  Object.assign(state, { x: run.objective, y: "score", model: taken(run), ask: null });
   const sections = [
     heading(run), tiles(run), answerSection(run), frontSection(run), widthsSection(run),
     modelsSection(run), el("div", { class: "pair" }, historySection(run), sensitivitySection(run), importanceSection(run), predictionSection(run)),
@@ -59,9 +65,9 @@ function hardware(run) {
   return said.join(" ");
 }
 function tiles(run) {
-  const picked = modelOf(run, run.picked), { dense } = run;
+  const picked = modelOf(run, taken(run)), { dense } = run;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
-  const found = [tile(run.picked, "the picked model")];
+  const found = [tile(picked.name, isTuned(picked) ? "the picked model, fine-tuned" : "the picked model")];
   const score = picked.test !== undefined ? "test" : "score";
   found.push(tile(shown(score, picked[score]), `${label(score)}${dense[score] === undefined ? "" : `, dense ${shown(score, dense[score])}`}`));
   for (const key of costsOf(run).filter(key => key !== "memory_bytes" && key !== "size_bytes"))
@@ -94,8 +100,8 @@ function answerSection(run) {
   const kind = el("select", { "aria-label": "what is limited", onchange: () => { state.ask.index = Number(kind.value); number.value = written(); answerAgain(); } },
     all.map((question, i) => el("option", { value: i, selected: i === state.ask.index }, question.text)));
   function answerAgain() {
-    const best = within(run, asked().key, state.ask.share);
-    choose(best && best.name);
+    const found = within(run, asked().key, state.ask.share);
+    choose(found && found.name);
   }
   number.addEventListener("input", () => {
     const value = parseFloat(number.value);
@@ -109,14 +115,13 @@ function answerSection(run) {
     el("div", { class: "controls" }, el("label", {}, "I have", number, kind), slider), slot("answer", () => answer(run, asked())));
 }
 function within(run, cost, share) {
-  const holding = run.front.filter(entry => judged(entry, cost) <= share * run.dense[cost] * (1 + 1e-9));
-  return holding.reduce((best, entry) => !best || entry.score > best.score ? entry : best, null);
+  return best(run.models.filter(entry => judged(entry, cost) <= share * run.dense[cost] * (1 + 1e-9)));
 }
 function answer(run, { key }) {
   const { share } = state.ask, limit = share * run.dense[key];
   const flag = { memory_bytes: "memory", size_bytes: "size", latency_ms: "latency" }[key] || key;
   if (state.model === null) {
-    const least = Math.min(...run.front.map(entry => judged(entry, key)));
+    const least = Math.min(...run.models.map(entry => judged(entry, key)));
     const bound = key === "latency_ms" ? `${Number(limit.toPrecision(3))}ms` : `${Number((100 * share).toPrecision(3))}%`;
     return el("div", { class: "answer none" }, el("strong", {}, `No model of this run is within ${shown(key, limit)}.`),
       note(`The least ${label(key)} on its front is ${shown(key, least)} (${percent(least / run.dense[key])} of the dense model). Search with that budget:`),
@@ -124,12 +129,12 @@ function answer(run, { key }) {
   }
   const entry = modelOf(run, state.model);
   const told = [...scoresOf(run), ...costsOf(run)].map(name => `${label(name)} ${shown(name, entry[name])}${bracketed(against(name, entry[name], run.dense[name]))}`);
-  const folder = `${run.path}/front/${entry.name}`;
-  return el("div", { class: "answer" }, el("strong", {}, entry.name + (entry.name === run.picked ? ", the picked model" : "")),
+  const folder = `${run.path}/${entry.folder}`;
+  return el("div", { class: "answer" }, el("strong", {}, entry.name + (entry.name === run.picked ? ", the picked model" : isTuned(entry) ? ", fine-tuned" : "")),
     note(told.join(" · ")),
     entry.warnings.map(text => note("Latency: " + text)),
     command(`prunefront.load(${JSON.stringify(folder)})`),
-    command(`prunefront finetune ${quoted(run.path)} pick=${entry.name}`),
+    isTuned(entry) ? null : command(`prunefront finetune ${quoted(run.path)} pick=${entry.name}`),
     command(`prunefront export ${quoted(run.path)} pick=${entry.name} format=onnx`));
 }
 const bracketed = text => text ? ` (${text})` : "";
@@ -162,21 +167,24 @@ function frontChart(run) {
   const dots = guided && trials[x] ? trials.number.map((_, i) => ({ x: trials[x][i], y: trials.value[i], i })).filter(p => p.y !== null) : [];
   const models = run.front.map(entry => ({ x: entry[x], y: entry[y], entry, ...(x === "latency_ms" && entry.latency_low_ms !== undefined ? { low: entry.latency_low_ms, high: entry.latency_high_ms } : {}) }));
   const sorted = [...models].sort((a, b) => a.x - b.x);
+  const tuned = run.finetuned.map(entry => ({ x: entry[x], y: entry[y], entry })).filter(point => point.y !== undefined);
   const dense = { x: run.dense[x], y: run.dense[y] };
   const uniform = dots.filter(point => trials.number[point.i] === run.uniform);
-  const ring = models.filter(point => point.entry.name === run.picked), chosen = models.filter(point => point.entry.name === state.model);
+  const ring = models.filter(point => point.entry.name === run.picked), chosen = [...models, ...tuned].filter(point => point.entry.name === state.model);
   const rules = run.limits[x] === undefined ? [] : [{ x: run.limits[x], class: "limit", text: "budget" }];
   const asked = questions(run)[state.ask.index];
   const away = run.limits[x] === undefined ? 1 : Math.abs(state.ask.share * run.dense[x] / run.limits[x] - 1);
   if (asked.key === x && away > 0.02) rules.push({ x: state.ask.share * run.dense[x], class: "reference", text: "asked" });
   const tested = y === "score" && knows(run, "test") ? models.map(point => ({ ...point, y: point.entry.test, low: undefined })) : [];
   const text = point => modelText(run, point.entry);
-  const known = [...models, ...tested, ...uniform, dense];
+  const known = [...models, ...tuned, ...tested, ...uniform, dense];
   const shownDots = withoutWorst(dots);
   const marks = [
     { points: shownDots, shape: "circle", size: 2.5, class: "trials", tip: point => trialText(run, point.i), click: point => showTrial(run, point.i) },
     { points: sorted, line: "straight", class: "front" },
     { points: tested, shape: "square", size: 3.5, class: "tested", tip: text, click: point => choose(point.entry.name) },
+    ...tuned.map(point => ({ points: [...models.filter(({ entry }) => point.entry.name.startsWith(entry.name + "+")), point], line: "straight", class: "tuned" })),
+    { points: tuned, shape: "diamond", size: 6, class: "tuned", tip: text, click: point => choose(point.entry.name) },
     { points: [dense], shape: "star", size: 8, class: "dense", tip: () => modelText(run, run.dense) },
     { points: models, shape: "circle", size: 5, class: "front", tip: text, click: point => choose(point.entry.name) },
     { points: uniform, shape: "diamond", size: 5, class: "uniform", tip: point => "all layers alike\n" + trialText(run, point.i) },
@@ -186,9 +194,9 @@ function frontChart(run) {
   const xs = [...shownDots, ...known].map(point => point.x), ys = [...shownDots, ...known].map(point => point.y);
   return [chart({
     x: { title: label(x), domain: domain([...xs, ...rules.slice(0, 1).map(rule => rule.x)], { floor: 0 }), format: value => short(value, 4) + (x === "latency_ms" ? " ms" : "") },
-    y: { title: tested.length ? "score" : label(y), domain: domain(ys), format: figures }, marks, rules,
+    y: { title: tested.length ? run.score_name : label(y), domain: domain(ys), format: figures }, marks, rules,
   }), legend([
-    ["front", "--blue"], tested.length ? ["squares: the same models on the test split", "--blue"] : null, dots.length ? [`trials${shownDots.length < dots.length ? ` (${dots.length - shownDots.length} of the worst left out)` : ""}`, "--grey"] : null,
+    ["front", "--blue"], tuned.length ? ["diamonds: fine-tuned", "--run2"] : null, tested.length ? ["squares: the same models on the test split", "--blue"] : null, dots.length ? [`trials${shownDots.length < dots.length ? ` (${dots.length - shownDots.length} of the worst left out)` : ""}`, "--grey"] : null,
     uniform.length ? ["all layers alike", "--orange"] : null, dense.y === undefined ? null : ["dense", "--ink"], ["picked", "--red"]])];
 }
 function legend(entries) {

@@ -77,9 +77,7 @@ def test_the_picks_of_a_multirun_are_one_table(digits_run, tmp_path, capsys):
     assert main(["front", str(tmp_path / "m"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["overrides"][1] for row in rows] == ["budget.macs=40%", "budget.macs=60%"] and rows[0]["score"] > 0
-    assert (
-        main(["front", str(tmp_path / "m"), "budget.macs=0.1%"]) == 1 and "no finished run" in capsys.readouterr().err
-    )
+    assert main(["front", str(tmp_path / "m"), "pick.macs=0.1%"]) == 1 and "no finished run" in capsys.readouterr().err
 
 
 def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
@@ -122,7 +120,7 @@ def test_latency_is_measured_and_budgeted(in_tmp, tiny, capsys):
     assert all(entry["latency_ms"] > 0 and entry["latency_predicted_ms"] > 0 for entry in result["front"])
     assert '"latency_predicted_ms":' in (in_tmp / "l" / "report.html").read_text()
     capsys.readouterr()
-    assert main(["front", "l", "budget.latency=1000%"]) == 0
+    assert main(["front", "l", "pick.latency=1000%"]) == 0
     assert " ms" in capsys.readouterr().out
 
 
@@ -137,7 +135,7 @@ def test_front_mode_and_selection_within_a_budget(in_tmp, tiny, capsys):
     assert result["objective"] == "params"
     cheapest = result["front"][0]
     capsys.readouterr()
-    assert main(["front", "f", f"budget.params={cheapest['params']}"]) == 0
+    assert main(["front", "f", f"pick.params={cheapest['params']}"]) == 0
     assert f'load("f/front/{cheapest["name"]}")' in capsys.readouterr().out
 
 
@@ -154,9 +152,16 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["search", "task.depht=3"], "depht"),
-        (["search", "n_trials=many"], "n_trials"),
+        (["search", "task.wdith=3"], "has no option task.wdith; did you mean task.width?"),
+        (["search", "budget.mac=50%"], "did you mean budget.macs?"),
+        (["search", "macs=50%"], "did you mean budget.macs?"),
+        (["front", "nowhere", "budget.macs=50%"], "did you mean pick.macs?"),
+        (["search", "nonsense.whatever=1"], "has no option nonsense.whatever (prunefront search --help shows all)"),
+        (["search", "n_trials=many"], "'many' of type 'str' could not be converted to Integer"),
         (["search", "task=dogits"], "dogits"),
+        (["front"], "needs the folder of a run first, as in: prunefront front runs/a"),
+        (["experiment", "michel2019"], "needs text=..."),
+        (["search", "budget.macs=0.5"], "write macs=50% for a share"),
         (["search", "budget.macs=5furlongs"], "cannot read budget macs"),
         (["search", "task.width=4", "task.epochs=1", "budget.macs=0.01%"], "the smallest candidate"),
         (["search", "task.width=4", "task.epochs=1", "sampler=annealing"], "unknown sampler"),
@@ -220,13 +225,13 @@ def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(in_tmp, capsys):
     options = ["tracker=none", "n_trials=4", "sampler=random"]
     assert main(["search", *own, *options, "run_dir=a"]) == 0
     assert isinstance(prunefront.load("a"), nn.Sequential)
-    capsys.readouterr()
+    more = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("more"))
+    assert shlex.split(more.partition("search ")[2]) == ["resume=a", *own, "n_trials=..."]
     assert main(["search", "resume=a", "n_trials=6"]) == 1
     advice = capsys.readouterr().err
-    assert "repeat: prunefront search resume=a" in advice
-    repeated = shlex.split(advice.partition("resume=a ")[2])
-    assert repeated == own
-    assert main(["search", "resume=a", "n_trials=6", *repeated]) == 0
+    repeated = shlex.split(advice.partition("repeat: prunefront search resume=a ")[2])
+    assert repeated == [*own, "n_trials=6"]
+    assert main(["search", "resume=a", *repeated]) == 0
     assert len(finished(read_study(in_tmp / "a"))) == 6
 
 
@@ -242,6 +247,15 @@ def test_load_check_finds_what_was_changed(digits_run, tmp_path, capsys):
     assert main(["load-check", str(folder)]) == 1
     shown = capsys.readouterr().err
     assert "MACs, and metrics.json says" in shown and "checksum differs" in shown
+
+
+def test_help_shows_the_options_of_a_choice_that_is_named(capsys):
+    assert main(["search", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) < 80 and "task.depth" not in short and "cifar_resnet" in short
+    assert main(["search", "task=cifar_resnet", "space=all", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "task.depth: 56" in shown and "space.round_to: 1" in shown and ".#" not in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in COMMANDS)])

@@ -63,7 +63,7 @@ def test_what_cannot_be_exported_says_why(run, capsys):
     assert (
         main(["export", str(run), "format=huggingface"]) == 1 and "no model of transformers" in capsys.readouterr().err
     )
-    assert main(["export", str(run), "finetuned=none"]) == 1 and "none" in capsys.readouterr().err
+    assert main(["export", str(run), "pick=trial9999+sgd"]) == 1 and "has no trial9999+sgd" in capsys.readouterr().err
 
 
 class Fixed(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
-from prunefront.search.saved import save_model
+from prunefront.search.saved import resolve, save_model
 
 QUICK = ["finetune.epochs=1", "tracker=none"]
 
@@ -47,6 +47,25 @@ def test_the_picked_model_is_trained_and_saved_beside_its_plan(run, capsys):
     plans = [json.loads((path / "plan.json").read_text())["plan"] for path in (folder, folder.parent.parent)]
     assert plans[0] == plans[1] and prunefront.load(folder)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     assert main(["load-check", str(folder)]) == 0 and main(["load-check", str(run)]) == 0
+    name = f"{picked}+sgd"
+    assert resolve(run) == folder and f'"name":"{name}"' in (run / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["pick", str(run)]) == 0 and capsys.readouterr().out.strip() == str(folder)
+    assert main(["pick", str(run), f"pick={picked}"]) == 0 and capsys.readouterr().out.strip() == str(
+        folder.parent.parent
+    )
+    assert main(["front", str(run)]) == 0 and name in capsys.readouterr().out
+    assert main(["show", str(run), f"pick={name}", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["metrics"]["score"] == found["score"] and model["groups"]
+
+
+def test_a_model_that_got_worse_is_told_of_and_not_taken(run, capsys):
+    picked = result(run)["picked"]
+    assert main(["finetune", str(run), *QUICK, "finetune.lr=30", "finetune.precision=float32"]) in (0, 1)
+    shown = capsys.readouterr()
+    assert "got worse" in shown.err or "no longer finite" in shown.err
+    assert resolve(run) == run / "front" / picked
 
 
 def test_several_picks_with_distillation(run):
@@ -103,8 +122,8 @@ def test_models_that_were_fine_tuned_outlive_a_longer_search(run, tiny):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pick=trial9999"], "the front has no trial9999"),
-        (["pick.macs=1"], "no model of the front"),
+        (["pick=trial9999"], "the run has no trial9999"),
+        (["pick.macs=1"], "holds the budget; search for one: prunefront search"),
         (["pick.mcas=50%"], "mcas"),
         (["pick=all", "pick.macs=50%"], "names or a budget"),
         (["finetune=lion"], "lion"),
@@ -164,7 +183,7 @@ def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(tmp_path, monkeyp
     assert main(["finetune", "a", *QUICK]) == 1
     advice = capsys.readouterr().err
     repeated = shlex.split(advice.partition("finetune a ")[2])
-    assert repeated == own
+    assert repeated == [*own, *QUICK]
     assert main(["finetune", "a", *QUICK, *repeated]) == 1
     assert "task.training._target_" in capsys.readouterr().err
     options = ["finetune.steps=30", "finetune.distill.weight=0.2", "tracker=none"]

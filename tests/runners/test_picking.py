@@ -13,7 +13,21 @@ def test_the_folder_of_a_pick_is_all_that_is_printed(digits_run, capsys):
     assert path == str(resolve(digits_run)) and prunefront.load(path) is not None
     assert main(["pick", str(digits_run), "pick.macs=60%", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [path]
-    assert main(["pick", str(digits_run), "pick.macs=1%"]) == 1 and "search with it" in capsys.readouterr().err
+    assert main(["pick", str(digits_run), "pick.macs=1%"]) == 1 and "prunefront search" in capsys.readouterr().err
+
+
+def test_the_dense_model_is_a_pick_too(digits_run, capsys):
+    assert main(["pick", str(digits_run), "pick=dense"]) == 0
+    assert capsys.readouterr().out.strip() == str(digits_run / "dense")
+    assert main(["show", str(digits_run), "pick=dense", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert all(group["width"] == group["size"] for group in model["groups"]) and model["metrics"]["score"] > 0
+
+
+def test_a_budget_that_nothing_holds_names_the_search_for_it(digits_run, capsys):
+    assert main(["pick", str(digits_run), "pick.macs=1%"]) == 1
+    advice = capsys.readouterr().err
+    assert "budget.macs=1%" in advice and f"warm_start=[{digits_run}]" in advice and "task" in advice
 
 
 def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys):

@@ -1,9 +1,15 @@
 """Processes that the command line starts, and those that join."""
 
 import json
+from pathlib import Path
+
+import pytest
+import torch
 
 from prunefront.runners import beside
 from prunefront.runners.cli import main
+from prunefront.runners.commands import kept_model
+from prunefront.runners.tasks.digits import digits
 from prunefront.search.liveness import WORKER
 from prunefront.search.study import finished, read_study
 
@@ -33,3 +39,11 @@ def test_a_worker_without_a_search_says_so(tmp_path, monkeypatch, capsys):
     assert main(["worker", *TASK]) == 1 and "takes the folder of a search first" in capsys.readouterr().err
     assert main(["worker", "runs/none", *TASK]) == 1 and "copy that folder" in capsys.readouterr().err
     assert main(["search", *TASK, "workers=0", "run_dir=runs/b"]) == 1 and "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list mapped files")
+def test_processes_map_the_file_of_the_dense_weights(digits_run):
+    model = kept_model(digits_run / "dense", digits(epochs=1), None)
+    weights = next(path for path in digits_run.glob("dense/*.safetensors"))
+    assert str(weights.resolve()) in Path("/proc/self/maps").read_text()
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)

@@ -114,9 +114,28 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     other = make_model()
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1
-    for model in (make_model(width=6), other):
-        with pytest.raises(SearchError, match="another model"):
+    for model, what in ((make_model(width=6), "another model"), (other, "a model with other weights")):
+        with pytest.raises(SearchError, match=what):
             run(tmp_path, model=model)
+
+
+def test_the_dense_model_is_scored_once_beside_what_was_found(tmp_path, capsys):
+    model = make_model().train()
+    scored = []
+
+    def score(candidate: nn.Module) -> float:
+        if candidate is model:
+            scored.append(candidate.training)
+        return fidelity(candidate)
+
+    found = [run(tmp_path, model=model, score=score, test=weight, n_trials=n) for n in (3, 4)][-1]
+    assert scored == [False] and model.training
+    assert found.dense["score"] == fidelity(make_model()) and found.dense["test"] == pytest.approx(weight(model))
+    assert found.dense["macs"] == found.space.dense_cost.macs
+    lines = str(found).splitlines()
+    assert found.best.name in lines[0] and lines[2].startswith("dense") and len(lines) == 3 + len(found.front)
+    known = run(tmp_path / "known", model=model, score=score, dense={"score": 7.0}, show_progress_bar=True)
+    assert scored == [False] and known.dense["score"] == 7.0 and "6/6" in capsys.readouterr().out
 
 
 def test_a_torn_journal_tail_is_cut_and_kept_beside_it(tmp_path):
@@ -201,7 +220,7 @@ def test_a_space_brings_its_own_calibration(tmp_path):
 
 def test_a_failing_test_function_costs_no_model(tmp_path, caplog):
     result = run(tmp_path, test=lambda model: float("nan"))
-    assert "test" not in result.best.metrics and "test returned nan" in caplog.text
+    assert "test" not in result.best.metrics and "test returned nan" in caplog.text and "test" not in result.dense
     assert prunefront.load(tmp_path)
 
 

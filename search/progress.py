@@ -1,4 +1,4 @@
-"""Live bars of searches and of trainings."""
+"""A live bar of a search."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import optuna
 from optuna.trial import TrialState
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,16 +18,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ...search.liveness import WORKER
-from ...search.study import finished
-from ..finetuning import Progress as Point
-from .console import console
+from .liveness import WORKER
+from .study import finished
 
 
 class SearchProgress:
     """A live bar with the best score and its cost, rate and workers; one more trial at every call."""
 
-    def __init__(self, n_trials: int, objective: str, dense: Mapping[str, float]) -> None:
+    def __init__(
+        self, n_trials: int, objective: str, dense: Mapping[str, float], console: Console | None = None
+    ) -> None:
         self.objective, self.dense = objective, dense
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -73,35 +74,3 @@ class SearchProgress:
         best, guide = max(trials, key=lambda t: t.values[0]), (study.metric_names or ["score"])[0]
         share = best.user_attrs["costs"][self.objective] / self.dense[self.objective]
         return f"{guide} {best.values[0]:.4f} at {share:.1%} {self.objective}"
-
-
-class TrainingProgress:
-    """A live bar with loss, score and rate; one more point at every call."""
-
-    def __init__(self, title: str) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.bar = self.progress.add_task(title, total=None, told="")
-        self.rate, self.score = "", ""
-
-    def __enter__(self) -> TrainingProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, point: Point) -> None:
-        if point.score is not None:
-            self.score = f"score {point.score:.4f}"
-        if point.steps_per_s is not None:
-            self.rate = f"{point.steps_per_s:.3g} steps/s"
-        told = ", ".join(part for part in (f"loss {point.loss:.4g}", self.score, self.rate) if part)
-        self.progress.update(self.bar, completed=point.step, total=point.steps, told=told)

@@ -1,0 +1,73 @@
+"""What is wrong with a command line that Hydra refuses, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..spaces.errors import ConfigError
+
+#: Hydra's words for a key that no schema has.
+_UNKNOWN = re.compile(r"Could not override '([^']+)'")
+
+
+def check_complete(config: DictConfig, command: str, example: str) -> None:
+    """Raises ConfigError where a value is missing that has no default. ``example`` is a call that works."""
+    for key in sorted(OmegaConf.missing_keys(config)):
+        needs = "the folder of a run first" if key == "run" else f"{key}=..."
+        raise ConfigError(f"{command} needs {needs}, as in: {example}")
+
+
+def explained(error: Exception, command: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """``command`` is how the user called it, ``config_name`` its configuration."""
+    text = _told(error)
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        key = unknown[1].lstrip("+~")
+        nearest = _nearest(key, list(_keys(_composed(config_name, overrides))))
+        text = f"{command} has no option {key}" + (f"; did you mean {nearest}?" if nearest else "")
+        text += f" ({command} --help shows all)"
+    return ConfigError(text)
+
+
+def _told(error: Exception) -> str:
+    """Hydra's message with its cause, which says what is wrong with a value."""
+    parts = [str(error).strip()]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and not _UNKNOWN.search(parts[0]):
+        parts.append(str(cause).strip().splitlines()[0])
+    return "\n".join(parts)
+
+
+def _composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration with the choices among ``overrides``, as far as they are right."""
+    choices = [text for text in overrides if re.fullmatch(r"\w+=\w+", text)]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("prunefront.conf", version_base="1.3"):
+        try:
+            return hydra.compose(config_name, choices)
+        except (HydraException, OmegaConfBaseException):
+            return hydra.compose(config_name)
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All options by their full names."""
+    for name in map(str, config):
+        key = f"{prefix}{name}"
+        yield key
+        if not OmegaConf.is_missing(config, name) and isinstance(inside := config._get_node(name), DictConfig):
+            yield from _keys(inside, f"{key}.")
+
+
+def _nearest(key: str, keys: Sequence[str]) -> str | None:
+    """The same name in another place, or the most similar one."""
+    leaf = key.rpartition(".")[2]
+    elsewhere = [known for known in keys if known.rpartition(".")[2] == leaf]
+    return next(iter(elsewhere + difflib.get_close_matches(key, keys, n=1)), None)

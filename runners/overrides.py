@@ -1,0 +1,167 @@
+"""Our command lines in Hydra's terms, and the options that a run was started with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from ..spaces.errors import ConfigError, StorageError
+
+#: These take a run as their first argument.
+POSITIONAL = ("front", "pick", "show", "dashboard", "finetune", "export", "load-check", "report", "worker")
+#: And these several.
+SEVERAL_RUNS = ("report",)
+#: These print JSON for other programs on demand.
+WITH_JSON = ("space", "measure", "front", "pick", "show")
+#: Parts of tasks with free keys, which Hydra's schemas cannot list: what task=custom builds from `_target_`, domains of
+#: text, values of a Hugging Face configuration.
+OPEN_KEYS = (
+    *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
+    *("task.config.", "task.train.", "task.search.", "task.test."),
+)
+#: Tasks that run no code of the user.
+BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
+
+
+def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
+    """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
+    overrides = list(arguments)
+    if name in POSITIONAL:
+        overrides = _with_runs(name, overrides)
+    if "--json" in overrides:
+        if name not in WITH_JSON:
+            raise ConfigError(f"--json is an option of {', '.join(WITH_JSON)}; prunefront {name} does not have it")
+        overrides = ["json=true" if argument == "--json" else argument for argument in overrides]
+    resumed = [a for a in overrides if a.startswith("resume=")]
+    if resumed:
+        if name != "search" or {"-m", "--multirun"} & set(overrides):
+            raise ConfigError("resume=RUN continues one run of the search command; it does not go with -m")
+        overrides.remove(resumed[-1])
+        run_dir = Path(resumed[-1].removeprefix("resume="))
+        kept = inherited(run_dir, overrides, f"prunefront search resume={run_dir}")
+        overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
+    if name == "worker":
+        overrides = _joining(overrides)
+    if name in ("pick", "show", "finetune", "export"):
+        overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
+    if name == "finetune":
+        overrides = [*_of_the_search(overrides), *overrides]
+    # Hydra's parser wants all overrides in one piece.
+    overrides.sort(key=lambda argument: argument not in ("-m", "--multirun"))
+    return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+
+
+def _with_runs(name: str, overrides: list[str]) -> list[str]:
+    """Folders at the beginning as the option ``run``: one, or several where the command takes them."""
+    runs = list(itertools.takewhile(lambda text: "=" not in text and not text.startswith("-"), overrides))
+    if len(runs) > 1 and name not in SEVERAL_RUNS:
+        raise ConfigError(f"prunefront {name} takes one run, not {len(runs)}: {shlex.join(runs)}")
+    if not runs:
+        return overrides
+    quoted = ",".join(map(_quoted, runs))
+    return [f"run={quoted}" if len(runs) == 1 else f"run=[{quoted}]", *overrides[len(runs) :]]
+
+
+def _joining(overrides: Sequence[str]) -> list[str]:
+    """A worker has the options of the search whose folder comes first, where that is on this machine."""
+    run = next((text for text in overrides if _key(text) in ("run", "run_dir")), None)
+    if run is None:
+        raise ConfigError("prunefront worker takes the folder of a search first")
+    run_dir = Path(json.loads(text) if (text := run.partition("=")[2]).startswith('"') else text.strip("'"))
+    rest = [text for text in overrides if text != run]
+    kept = inherited(run_dir, rest, f"prunefront worker {run_dir}") if (run_dir / ".hydra").exists() else []
+    kept = [text for text in kept if _key(text) != "workers"]
+    return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
+
+
+def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Sequence[str] = ()) -> list[str]:
+    """The overrides that the run was started with, all or those of ``keys``, without the ones given anew.
+
+    A run's files never choose which code is run: overrides of task=custom must be given again. ``command`` is what the
+    user is told to repeat with them.
+    """
+    stored = _stored_overrides(run_dir)
+    given = {_key(override) for override in overrides}
+    kept = [override for override in stored if _key(override) not in given | {"run_dir"}]
+    # Of a choice that was made anew, such as another tracker, the old one's options say nothing.
+    chosen = tuple(f"{_key(override)}." for override in overrides if override not in stored)
+    kept = [override for override in kept if not override.startswith(chosen)]
+    kept = [override for override in kept if not keys or _key(override).partition(".")[0] in keys]
+    foreign = [override for override in kept if not _is_harmless(override, stored)]
+    if foreign:
+        repeated = [*foreign, *(override for override in overrides if _key(override) != "run")]
+        raise ConfigError(
+            f"{run_dir} was started with code of its own, which is not run because a file says so; "
+            f"if it is yours, repeat: {command} {shlex.join(repeated)}"
+        )
+    return kept
+
+
+def to_be_repeated(run_dir: Path) -> list[str]:
+    """What the user must say again to continue the run: what names code."""
+    stored = _stored_overrides(run_dir)
+    return [override for override in stored if _key(override) != "run_dir" and not _is_harmless(override, stored)]
+
+
+def _of_the_search(overrides: Sequence[str]) -> list[str]:
+    """Task and tracker of the run that is fine-tuned; none where the user names a task for a run of the Python API."""
+    given = {_key(override): override.partition("=")[2].strip("'") for override in overrides}
+    run_dir = Path(given.get("run", ""))
+    if "run" not in given or ("task" in given and not (run_dir / ".hydra").exists()):
+        return []
+    return inherited(run_dir, overrides, f"prunefront finetune {shlex.quote(str(run_dir))}", ("task", "tracker"))
+
+
+def _stored_overrides(run_dir: Path) -> list[str]:
+    path = run_dir / ".hydra" / "overrides.yaml"
+    if not path.exists():
+        raise StorageError(f"{run_dir} is no run of the search command: it has no .hydra/overrides.yaml")
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # YAML's and OmegaConf's errors have no common root
+        raise StorageError(f"{path} is damaged: {error}") from error
+    if not isinstance(stored, list) or not all(isinstance(override, str) for override in stored):
+        raise StorageError(f"{path} is damaged: it is no list of overrides")
+    return [override.replace("++", "", 1) if override.startswith("++") else override for override in stored]
+
+
+def _is_harmless(override: str, stored: Sequence[str]) -> bool:
+    """Sets a plain value of a built-in choice; names no code."""
+    key = _key(override)
+    if "_target_" in override or "${" in override or key.startswith(("~", "+", "hydra")):
+        return False
+    if key == "task":
+        return override.partition("=")[2] in BUILT_IN_TASKS
+    if key == "tracker":
+        return override in ("tracker=wandb", "tracker=none")
+    if key == "target":
+        return override in ("target=none", "target=torch", "target=onnxruntime", "target=openvino", "target=tensorrt")
+    if key.startswith("target.") and ("target=ssh" in stored or "target=command" in stored):
+        return False  # hosts, programs and options for ssh
+    if key == "space":
+        return override in ("space=all", "space=widths", "space=depth", "space=uniform")
+    return not key.startswith("task.") or "task=custom" not in stored
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _quoted(value: str) -> str:
+    """For Hydra's override grammar: a path may have characters with a meaning there."""
+    plain = OverridesParser.create().parse_override(f"key={value}") if _parses(value) else None
+    return value if plain is not None and plain.value() == value else "'" + value.replace("'", "\\'") + "'"
+
+
+def _parses(value: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except Exception:  # whatever the grammar raises, the value needs quotes
+        return False
+    return True
