@@ -33,23 +33,17 @@ def command(config: DictConfig) -> None:
     task = make_task(config)
     done = trained(config, task, run_dir, names)
     console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
-    for pick, found in done.items():
-        if (gained := _gained(found.metrics)) is not None and gained < 0:
-            errors.print(
-                f"{pick} got worse by {-gained:.4f}: try a lower finetune.lr or more finetune.epochs; the model as it "
-                f"was stays the pick",
-                style="yellow",
-                highlight=False,
-                soft_wrap=True,
-            )
+    if worse := [pick for pick, found in done.items() if _got_worse(found.metrics)]:
+        told = f"{', '.join(worse)} got worse: try a lower finetune.lr or more epochs; what they were is preferred"
+        errors.print(told, style="yellow", highlight=False, soft_wrap=True)
     for found in done.values():
         show_load(str(found.path))
     console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True, highlight=False)
 
 
-def _gained(metrics: Mapping[str, Any]) -> float | None:
-    """Of the score on the search data, where there is one."""
-    return metrics["score"] - metrics["score_before"] if {"score", "score_before"} <= metrics.keys() else None
+def _got_worse(metrics: Mapping[str, Any]) -> bool:
+    """By the score on the search data, where there is one."""
+    return {"score", "score_before"} <= metrics.keys() and metrics["score"] < metrics["score_before"]
 
 
 def trained(
