@@ -33,6 +33,11 @@ CENTRES, MOST_FILLS = 5, 16
 #: Spreads of the changes of a round, and how many of the dimensions are changed.
 _ROUNDS = ((0.03, 0.08, 0.2, 0.4), (0.02, 0.05, 0.1), (0.02, 0.05, 0.1))
 _CHANGED = (0.1, 0.3, 1.0)
+#: Within a tight budget the best plans give up most of some layers for others, which small steps take many trials to
+#: find. So first trials have up to half of their dimensions at a fifth, and so many of the proposals leap: a few
+#: dimensions, as many as these on average, by one of these logarithms.
+STARVED, STARVED_SHARE = 0.5, 0.2
+LEAPING, _LEAPERS, _LEAPS = POOL // 3, (1, 2, 3), (-1.5, -0.8, 0.8, 1.5)
 #: Lengths of steps along the slopes, and how many of the dimensions take part.
 _CLIMBS, _CLIMBING = (0.01, 0.5), (0.3, 1.0, 1.0)
 
@@ -119,7 +124,9 @@ class SurrogateSampler(BaseSampler):
 
     def _random(self, projector: Projector, number: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
         criterion = number % len(self.problem.space.criteria)
-        shares = np.exp(FIRST_SPREAD * rng.standard_normal(len(self.problem.space.dimensions)))
+        count = len(self.problem.space.dimensions)
+        shares = np.exp(FIRST_SPREAD * rng.standard_normal(count))
+        shares[rng.random(count) < rng.uniform(0, STARVED)] *= STARVED_SHARE
         return projector.fill(shares, self.problem.space.criteria[criterion]), criterion
 
     def _best(
@@ -186,6 +193,9 @@ class SurrogateSampler(BaseSampler):
         size = chosen.widths.shape
         is_changed = rng.random(size) < rng.choice(_CHANGED, size=(POOL, 1))
         steps = rng.choice(spreads, size=(POOL, 1)) * rng.standard_normal(size) * is_changed
+        is_leaping = rng.random(size) < rng.choice(_LEAPERS, size=(POOL, 1)) / size[1]
+        is_leaping[LEAPING:] = False
+        steps += rng.choice(_LEAPS, size=size) * is_leaping
         criteria = chosen.criteria
         if len(space.criteria) > 1:
             anew = rng.random(POOL) < 1 / len(space.criteria)
