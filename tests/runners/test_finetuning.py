@@ -394,7 +394,7 @@ def test_a_checkpoint_of_another_model_or_recipe_is_refused(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         tune(net(), run_dir=tmp_path / "a", callbacks=[interrupt])
-    with pytest.raises(FinetuneError, match="another model or plan"):
+    with pytest.raises(FinetuneError, match="another plan or other weights"):
         tune(net(1), run_dir=tmp_path / "a")
     with pytest.raises(FinetuneError, match=r"finetune.distill.weight 0.0, not 0.5"):
         tune(net(), replace(PLAIN, distill=Distill(0.5)), teacher=net(1), run_dir=tmp_path / "a")

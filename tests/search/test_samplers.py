@@ -44,8 +44,8 @@ def test_a_knapsack_that_nothing_fits_is_an_error():
 @pytest.mark.parametrize("sampler", ["surrogate", "allocation"])
 def test_our_samplers_beat_random_plans(sampler):
     trials = 60
-    found = np.mean([run(sampler, 8, seed, trials).regret[-1] for seed in range(3)])
-    chance = np.mean([run("random", 8, seed, trials).regret[-1] for seed in range(3)])
+    found = np.mean([run(sampler, "growing", 0.5, 8, seed, trials).regret[-1] for seed in range(3)])
+    chance = np.mean([run("random", "growing", 0.5, 8, seed, trials).regret[-1] for seed in range(3)])
     assert found < chance
 
 

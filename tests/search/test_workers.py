@@ -115,7 +115,7 @@ def test_other_searches_are_not_joined(tmp_path):
     other = net()
     with torch.no_grad():
         other[0].weight[0, 0] += 1
-    with pytest.raises(SearchError, match="another model"):
+    with pytest.raises(SearchError, match="other weights"):
         work(other, **options(tmp_path, 4))
 
 
