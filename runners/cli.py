@@ -126,14 +126,15 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
 @contextmanager
 def _called_with(arguments: list[str]) -> Iterator[None]:
     """Hydra reads the program's own arguments; its errors are raised and not printed."""
-    argv, environment = sys.argv, dict(os.environ)
+    argv, before = sys.argv, os.environ.pop("HYDRA_FULL_ERROR", None)
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = arguments, "1"
     try:
         yield
     finally:
         sys.argv = argv
-        if "HYDRA_FULL_ERROR" not in environment:
-            del os.environ["HYDRA_FULL_ERROR"]
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _report_error(error: PrunefrontError, debug: bool) -> int:

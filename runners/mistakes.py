@@ -20,7 +20,8 @@ _UNKNOWN = re.compile(r"Could not override '([^']+)'")
 
 def check_complete(config: DictConfig, command: str, example: str) -> None:
     """Raises ConfigError where a value is missing that has no default. ``example`` is a call that works."""
-    for key in sorted(OmegaConf.missing_keys(config)):
+    if missing := OmegaConf.missing_keys(config):
+        key = min(missing)
         needs = "the folder of a run first" if key == "run" else f"{key}=..."
         raise ConfigError(f"{command} needs {needs}, as in: {example}")
 

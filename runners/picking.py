@@ -31,8 +31,7 @@ def picks(run: Mapping[str, Any], pick: DictConfig, entries: Sequence[Entry]) ->
     """
     budget = given_limits(pick)
     if pick.names is None:
-        held = within(run, budget, entries) if budget else versions(run["picked"], entries)
-        return [best(held)["name"]]
+        return [picked(run, budget, entries)["name"]]
     if budget:
         raise ConfigError("pick takes names or a budget, not both")
     known = [entry["name"] for entry in entries]
@@ -40,6 +39,11 @@ def picks(run: Mapping[str, Any], pick: DictConfig, entries: Sequence[Entry]) ->
     if unknown := [name for name in names if name not in (*known, DENSE)]:
         raise ConfigError(f"pick: the run has no {', '.join(map(str, unknown))}; it has {', '.join([*known, DENSE])}")
     return names
+
+
+def picked(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> Entry:
+    """The best within the budget; without one the run's pick, or what was fine-tuned of it. Raises SearchError."""
+    return best(within(run, budget, entries) if budget else versions(run["picked"], entries))
 
 
 def given_limits(pick: DictConfig) -> dict[str, str]:

@@ -69,6 +69,11 @@ def _finetuned(run_dir: Path) -> Iterator[dict[str, Any]]:
         yield {"name": f"{folder.parent.parent.name}{TUNED}{folder.name}", **metrics}
 
 
+def models_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All models of a run, as :func:`read_run` has it: those of the front, and what was fine-tuned."""
+    return [*run["front"], *run["finetuned"]]
+
+
 def folder_of(run_dir: Path, name: str) -> Path:
     """Where the model of that name is saved: ``dense``, ``trial0012``, or ``trial0012+sgd`` after fine-tuning."""
     if name == DENSE:

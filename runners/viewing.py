@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from ..search.saved import METRICS, RESULT, read_json, read_plan
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from .check import check_model
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
-from .picking import Entry, best, given_limits, picks, versions, within
+from .picking import best, given_limits, picked, picks, within
 from .report import write_report
 from .runs import (
     DENSE,
     differing_overrides,
     folder_of,
     is_multirun,
+    models_of,
     own_overrides,
     read_run,
     run_folders,
@@ -33,21 +34,14 @@ def front(config: DictConfig) -> None:
     if is_multirun(run_dir):
         return show_multirun(run_dir, budget, config.json)
     run = read_run(run_dir)
-    entries = [*run["front"], *run["finetuned"]]
-    picked, entries = _picked(run, budget, entries), within(run, budget, entries) if budget else entries
+    entries = within(run, budget, models_of(run)) if budget else models_of(run)
+    name = picked(run, budget, entries)["name"]
     if config.json:
-        front, tuned = ([entry for entry in run[key] if entry in entries] for key in ("front", "finetuned"))
-        print(
-            json.dumps({"picked": picked["name"], "front": front, "finetuned": tuned, "dense": run["dense"]}, indent=1)
-        )
+        kept = {key: [entry for entry in run[key] if entry in entries] for key in ("front", "finetuned")}
+        print(json.dumps({"picked": name, **kept, "dense": run["dense"]}, indent=1))
         return
-    console.print(front_table(entries, picked["name"], run["dense"], run["score_name"]))
-    show_load(folder_of(run_dir, picked["name"]))
-
-
-def _picked(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> Entry:
-    """The best within the budget; without one the run's pick, or what was fine-tuned of it. Raises SearchError."""
-    return best(within(run, budget, entries) if budget else versions(run["picked"], entries))
+    console.print(front_table(entries, name, run["dense"], run["score_name"]))
+    show_load(folder_of(run_dir, name))
 
 
 def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> None:
@@ -60,7 +54,7 @@ def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> Non
     for run_dir in run_folders(folder):
         try:
             run = read_run(run_dir)
-            entry = _picked(run, budget, [*run["front"], *run["finetuned"]])
+            entry = picked(run, budget, models_of(run))
         except (StorageError, SearchError) as error:
             errors.print(
                 f"{run_dir} is left out: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True
@@ -83,7 +77,7 @@ def pick(config: DictConfig) -> None:
     """Print the folder of the best model within a budget, for other programs."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    folders = [str(folder_of(run_dir, name)) for name in picks(run, config.pick, [*run["front"], *run["finetuned"]])]
+    folders = [str(folder_of(run_dir, name)) for name in picks(run, config.pick, models_of(run))]
     print(json.dumps(folders) if config.json else "\n".join(folders))
 
 
@@ -91,7 +85,7 @@ def show(config: DictConfig) -> None:
     """Show one model of a run in detail: scores and costs beside the dense model's, and the width of every group."""
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    names = picks(run, config.pick, [*run["front"], *run["finetuned"]])
+    names = picks(run, config.pick, models_of(run))
     found = [described(run_dir, run, name) for name in names]
     if config.json:
         print(json.dumps(found, indent=1))

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ..runs import DENSE, TUNED
+
 
 def finetuned_table(
     found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, float], score_name: str = "score"
@@ -51,14 +53,14 @@ def front_table(
         if entry["name"] == picked:
             table.add_row(f"picked ({picked})", *_cells(entry, dense), style="bold green", end_section=True)
     for entry in _below_their_own(entries):
-        if entry["name"] != "dense" and not (len(entries) == 1 and picked):
+        if entry["name"] != DENSE and not (len(entries) == 1 and picked):
             table.add_row(entry["name"], *_cells(entry, dense))
     return table
 
 
 def _below_their_own(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Fine-tuned models after what they were trained from, or at the end where that is not among ``entries``."""
-    trials = [entry["name"].partition("+")[0] for entry in entries]
+    trials = [entry["name"].partition(TUNED)[0] for entry in entries]
     places = {trial: place for place, trial in reversed(list(enumerate(trials)))}
     return [entry for _, entry in sorted(zip(trials, entries, strict=True), key=lambda pair: places[pair[0]])]
 

@@ -23,7 +23,7 @@ from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
 from ..commands import make_task, plain, prepare
-from ..display import console
+from ..display import console, show_load
 from ..exporting.huggingface import check_uniform, export_huggingface
 from ..finetuning import Finetuned, Recipe, finetune
 from ..finetuning.command import check_device
@@ -63,7 +63,7 @@ def run(config: DictConfig) -> None:
     draw(json.loads((run_dir / "results.json").read_text()), run_dir / "shearing.svg")
     console.print(table(dense, trained, tokens_of(task)))
     console.print(f"figure  {run_dir / 'shearing.svg'}", soft_wrap=True, highlight=False)
-    console.print(f'load    prunefront.load("{run_dir / PRUNED}")', soft_wrap=True, highlight=False)
+    show_load(run_dir / PRUNED)
     console.print(f"export  {run_dir / 'checkpoint'}", soft_wrap=True, highlight=False)
 
 

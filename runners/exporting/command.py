@@ -10,7 +10,7 @@ from ...search.saved import METRICS, load, read_json, read_plan
 from ...spaces.errors import ConfigError
 from ..display import console, errors
 from ..picking import picks
-from ..runs import folder_of, read_run
+from ..runs import folder_of, models_of, read_run
 from .card import write_card
 from .formats import FORMATS
 from .huggingface import export_huggingface
@@ -27,7 +27,7 @@ def command(config: DictConfig) -> None:
         raise ConfigError(f"format must be one of {', '.join(known)}, not {config.format!r}")
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    for name in picks(run, config.pick, [*run["front"], *run["finetuned"]]):
+    for name in picks(run, config.pick, models_of(run)):
         source = folder_of(run_dir, name)
         folder = Path(config.path) if config.path else source / "export" / config.format
         with errors.status(f"exporting {source}"):

@@ -8,7 +8,7 @@ const modelOf = (run, name) => name === "dense" ? run.dense : run.models.find(en
 const isTuned = entry => entry.name.includes("+");
 // The picked model, or what was fine-tuned of it if that has the higher score.
 const taken = run => best(run.models.filter(entry => entry.name.split("+")[0] === run.picked)).name;
-const best = entries => entries.reduce((best, entry) => !best || entry.score > best.score ? entry : best, null);
+const best = entries => entries.reduce((top, entry) => !top || entry.score > top.score ? entry : top, null);
 const knows = (run, key) => run.front.every(entry => entry[key] !== undefined);
 const costsOf = run => COSTS.filter(key => knows(run, key) && run.dense[key] !== undefined);
 const scoresOf = run => SCORES.filter(key => knows(run, key));
