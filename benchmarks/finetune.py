@@ -1,41 +1,137 @@
 """Accuracy after fine-tuning: the uniform plan and the picks of given searches, with and without distillation.
 
-Run: python -m benchmarks.finetune [--depth 56] [--macs 70,50,40] [--epochs 1,3,5] [--runs runs/a ...] [--out FILE]
+Run: python -m benchmarks.finetune [--depth 56] [--macs 70,50,40] [--epochs 1,3,5] [--runs runs/a ...]
+         [--device cuda] [--folder DIR] [--part 1/4] [--out FILE]
+     python -m benchmarks.finetune --show FILE ...
 
 ``PRUNEFRONT_DATA`` names the folder of ``task=cifar_resnet``. At every share of the MACs the uniform plan over all
-widths (reconstruction, sequential) is trained, and of ``--runs`` (searches of the same network) the model with the
-highest search score within that share. Accuracy in % on the reporting half of the test images. Every training has its
-own schedule. With ``--folder`` trainings are kept there: a benchmark that was killed goes on.
+widths is trained, and of ``--runs`` (searches of the same network) the plan with the highest search score within that
+share; both are repaired here (reconstruction, sequential). Accuracy in % on the reporting half of the test images.
+Every training has its own schedule.
+
+With ``--folder`` trainings are kept there: a benchmark that was killed goes on. ``--part 1/4`` does the first of four
+parts of the trainings, for processes side by side; ``--show`` makes one table of the files that they write.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import prunefront
 from benchmarks.zoo import machine
+from prunefront.runners.devices import placed
+from prunefront.runners.finetuning import Finetuned
 from prunefront.runners.picking import best, within
 from prunefront.runners.runs import read_run
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.base import Epoch
 from prunefront.runners.tasks.cifar_resnet import augment, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
+from prunefront.search.saved import read_plan
+from prunefront.spaces import Plan, Space
 from prunefront.spaces.calibration import precision
 
 Row = dict[str, Any]
 DISTILL = prunefront.Distill(weight=0.5, temperature=4.0)
+UNIFORM = "uniform"
 
 
-def starts(task: Task, model: nn.Module, share: str, runs: Sequence[Path]) -> dict[str, nn.Module]:
-    """The models that are trained, by name."""
-    space = prunefront.discover(
+@dataclass(frozen=True)
+class Job:
+    """One training. ``share`` of the MACs; ``start``: the name of what is trained."""
+
+    share: str
+    start: str
+    epochs: float
+    is_distilled: bool
+
+    @property
+    def schedule(self) -> str:
+        return f"{self.epochs:g}{', distilled' if self.is_distilled else ''}"
+
+    @property
+    def folder(self) -> str:
+        name = f"{self.share.strip('%')}-{self.start}-{self.schedule}"
+        return name.replace("/", "-").replace(", ", "-")
+
+
+class Benchmark:
+    """``runs``: folders of searches. ``images``: so many training images, spread over the classes; None: all."""
+
+    def __init__(
+        self, depth: int, device: str, runs: Sequence[Path], lr: float, images: int | None, folder: Path | None
+    ) -> None:
+        self.task = placed(cifar_resnet(depth), device)
+        self.runs, self.lr, self.folder = {run_dir.name: run_dir for run_dir in runs}, lr, folder
+        self.dense = self.task.make_model()
+        self.training = self.task.training
+        if images is not None:
+            assert self.training is not None
+            pixels, labels = self.training(0).images, self.training(0).labels
+            step = len(labels) // images
+            self.training = partial(Epoch, pixels[::step][:images], labels[::step][:images], augment, 128)
+        self.space = _space(self.task, self.dense)
+        self._made: dict[tuple[str, str], nn.Module] = {}
+
+    def jobs(self, shares: Sequence[str], epochs: Sequence[float]) -> list[Job]:
+        """Long ones first: parts then take alike long."""
+        return [
+            Job(share, start, length, is_distilled)
+            for length in sorted(epochs, reverse=True)
+            for is_distilled in (False, True)
+            for share in shares
+            for start in (*self.runs, UNIFORM)
+        ]
+
+    def start(self, job: Job) -> nn.Module:
+        """The model that is trained."""
+        key = (job.share, job.start)
+        if key not in self._made:
+            self._made[key] = self.space.apply(self._plan(job)).eval()
+        return self._made[key]
+
+    def _plan(self, job: Job) -> Plan:
+        if job.start == UNIFORM:
+            return prunefront.project(self.space, {"macs": job.share})
+        run_dir = self.runs[job.start]
+        run = read_run(run_dir)
+        name = best(within(run, {"macs": job.share}, run["front"]))["name"]
+        return Plan.from_json(read_plan(run_dir / "front" / name)["plan"])
+
+    def tuned(self, job: Job) -> Finetuned:
+        assert self.training is not None
+        distill = DISTILL if job.is_distilled else prunefront.Distill()
+        return prunefront.finetune(
+            self.start(job),
+            training=self.training,
+            loss=self.task.loss,
+            score=self.task.score,
+            test=self.task.test,
+            recipe=prunefront.Recipe(lr=self.lr, epochs=job.epochs, distill=distill),
+            teacher=self.dense if job.is_distilled else None,
+            autocast=self.task.autocast,
+            example_inputs=self.task.example_inputs,
+            run_dir=None if self.folder is None else self.folder / job.folder,
+        )
+
+    def accuracy(self, model: nn.Module) -> float:
+        """On the reporting half, in %."""
+        assert self.task.test is not None
+        with precision(model, self.task.autocast):
+            return 100 * self.task.test(model)
+
+
+def _space(task: Task, model: nn.Module) -> Space:
+    return prunefront.discover(
         model,
         task.example_inputs,
         kinds=WIDTH_KINDS,
@@ -44,79 +140,17 @@ def starts(task: Task, model: nn.Module, share: str, runs: Sequence[Path]) -> di
         compensation="sequential",
         autocast=task.autocast,
     )
-    found = {"uniform": space.apply(prunefront.project(space, {"macs": share})).eval()}
-    for run_dir in runs:
-        run = read_run(run_dir)
-        name = best(within(run, {"macs": share}, run["front"]))["name"]
-        found[f"{run_dir.name}/{name}"] = prunefront.load(run_dir / "front" / name)
-    return found
 
 
-def measure(
-    depth: int,
-    shares: Sequence[str],
-    epochs: Sequence[float],
-    runs: Sequence[Path],
-    lr: float,
-    images: int | None,
-    folder: Path | None,
-    report: Callable[[Row], None],
-) -> Row:
-    """``images``: so many training images, spread over the classes; None: all."""
-    task = cifar_resnet(depth)
-    dense = task.make_model()
-    training = task.training
-    assert training is not None and task.test is not None
-    if images is not None:
-        pixels, labels = training(0).images, training(0).labels
-        step = len(labels) // images
-        training = partial(Epoch, pixels[::step][:images], labels[::step][:images], augment, 128)
-    rows: list[Row] = []
-    for share in shares:
-        for name, model in starts(task, dense, share, runs).items():
-            with precision(model, task.autocast):
-                row: Row = {
-                    "macs": share,
-                    "model": name,
-                    "one_shot": 100 * task.test(model),
-                    "tuned": {},
-                    "seconds": {},
-                }
-            for length in epochs:
-                for distill in (prunefront.Distill(), DISTILL):
-                    key = f"{length:g}{', distilled' if distill else ''}"
-                    recipe = prunefront.Recipe(
-                        lr=lr, epochs=length, distill=DISTILL if distill else prunefront.Distill()
-                    )
-                    kept = f"{depth}-{share.strip('%')}-{name}-{key}-{images}".replace("/", "-").replace(", ", "-")
-                    found = prunefront.finetune(
-                        model,
-                        training=training,
-                        loss=task.loss,
-                        score=task.score,
-                        test=task.test,
-                        recipe=recipe,
-                        teacher=dense if distill else None,
-                        autocast=task.autocast,
-                        example_inputs=task.example_inputs,
-                        run_dir=None if folder is None else folder / kept,
-                    )
-                    row["tuned"][key] = 100 * found.metrics["test"]
-                    row["seconds"][key] = found.metrics["seconds"]
-            rows.append(row)
-            report(row)
-    with precision(dense, task.autocast):
-        accuracy = 100 * task.test(dense)
-    return {"model": f"ResNet-{depth}", "dense": accuracy, "lr": lr, "images": images, "rows": rows}
-
-
-def table(result: Row) -> str:
-    keys = list(result["rows"][0]["tuned"])
-    lines = [f"{result['model']}, dense {result['dense']:.2f} %; columns: epochs", ""]
-    lines += [f"| MACs | model | one-shot | {' | '.join(keys)} |", "| --- " * (len(keys) + 3) + "|"]
-    for row in result["rows"]:
-        cells = [f"{value:.2f}" for value in (row["one_shot"], *row["tuned"].values())]
-        lines.append(f"| {row['macs']} | {row['model']} | {' | '.join(cells)} |")
+def table(rows: Sequence[Row]) -> str:
+    """A line for every model and budget, a column for every schedule."""
+    keys = sorted({row["schedule"] for row in rows}, key=lambda key: ("distilled" in key, float(key.split(",")[0])))
+    lines = [f"| MACs | model | one-shot | {' | '.join(keys)} |", "| --- " * (len(keys) + 3) + "|"]
+    for share, start in dict.fromkeys((row["macs"], row["model"]) for row in rows):
+        own = {row["schedule"]: row for row in rows if (row["macs"], row["model"]) == (share, start)}
+        cells = [f"{next(iter(own.values()))['one_shot']:.2f}"]
+        cells += [f"{own[key]['tuned']:.2f}" if key in own else "" for key in keys]
+        lines.append(f"| {share} | {start} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -128,17 +162,32 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="*", default=[])
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--images", type=int, help="train on so many images only")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="keep trainings here, and go on with those of before")
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--part", default="1/1", help="of the trainings: 2/4 is the second of four parts")
+    parser.add_argument("--out", type=Path, help="JSON, written after every training")
+    parser.add_argument("--show", type=Path, nargs="*", help="what parts have written, as one table")
     chosen = parser.parse_args()
+    if chosen.show:
+        parts_found = [json.loads(path.read_text(encoding="utf-8")) for path in chosen.show]
+        return print(table([row for found in parts_found for row in found["rows"]]))
+    benchmark = Benchmark(chosen.depth, chosen.device, chosen.runs, chosen.lr, chosen.images, chosen.folder)
     shares = [f"{share}%" for share in chosen.macs.split(",")]
-    epochs = [float(count) for count in chosen.epochs.split(",")]
-    result = measure(
-        chosen.depth, shares, epochs, chosen.runs, chosen.lr, chosen.images, chosen.folder, partial(print, flush=True)
-    )
-    print(table(result))
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"machine": machine(), **result}, indent=1), encoding="utf-8")
+    part, parts = (int(number) for number in chosen.part.split("/"))
+    dense = benchmark.accuracy(benchmark.dense)
+    rows: list[Row] = []
+    for job in benchmark.jobs(shares, [float(count) for count in chosen.epochs.split(",")])[part - 1 :: parts]:
+        found = benchmark.tuned(job)
+        row = {"macs": job.share, "model": job.start, "one_shot": benchmark.accuracy(benchmark.start(job))}
+        row |= {"schedule": job.schedule, "tuned": 100 * found.metrics["test"], "seconds": found.metrics["seconds"]}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if chosen.out:
+            gpu = torch.cuda.get_device_name(chosen.device) if chosen.device.startswith("cuda") else None
+            described = {"machine": machine(), "gpu": gpu, "lr": chosen.lr, "images": chosen.images}
+            written = {"model": f"ResNet-{chosen.depth}", "dense": dense, **described, "rows": rows}
+            chosen.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    print(f"\nResNet-{chosen.depth}, dense {dense:.2f} %; columns: epochs\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

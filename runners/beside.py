@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 
 from ..spaces.errors import ConfigError
+from .devices import CPU
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +54,29 @@ class Others:
 
 
 @contextlib.contextmanager
-def beside(workers: int, run_dir: Path) -> Iterator[Others]:
-    """``workers`` processes on the search in ``run_dir``, this one included, until it is left.
+def beside(workers: int | None, run_dir: Path, devices: Sequence[str]) -> Iterator[Others]:
+    """``workers`` processes on the search in ``run_dir``, this one included, until it is left. They take ``devices`` in
+    turn, this one the first; None: one a device.
 
     They share the processors, and are given the options of this command line: no file of the run decides what they do.
     One that fails is told of, and the search goes on without it. Models are verified when they have ended.
 
     Raises:
-        ConfigError: not a number of processes.
+        ConfigError: not a number of processes, or too few for the devices.
     """
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, not {workers}")
+    workers = len(devices) if workers is None else workers
+    if workers < len(devices):
+        raise ConfigError(
+            f"workers must be at least {len(devices)}, not {workers}"
+            + (": every device needs a process; leave workers out" if len(devices) > 1 else "")
+        )
     others = Others(run_dir / "workers")
     if workers == 1:
         yield others
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     command = [sys.executable, "-m", "prunefront", "worker", *_overrides(run_dir)]
+    on_each = [[f"devices=[{device}]"] if device != CPU else [] for device in devices]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     others.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, _threads(threads):
@@ -77,7 +84,11 @@ def beside(workers: int, run_dir: Path) -> Iterator[Others]:
             log = files.enter_context((others.folder / f"{number}.log").open("wb"))
             # A session of their own: Ctrl-C reaches them through this process, once.
             started = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                [*command, *on_each[number % len(devices)]],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             others.processes.append(started)
         try:
@@ -87,7 +98,8 @@ def beside(workers: int, run_dir: Path) -> Iterator[Others]:
 
 
 def _overrides(run_dir: Path) -> list[str]:
-    given = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in ("run_dir", "workers")]
+    own = ("run_dir", "workers", "devices")
+    given = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in own]
     return [*given, f"run_dir={json.dumps(str(run_dir))}"]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import optuna
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +37,7 @@ from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageEr
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .beside import beside
+from .devices import CPU, devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .overrides import to_be_repeated
@@ -57,7 +59,8 @@ def search(config: DictConfig) -> float:
     run_dir = output_folder()
     budget = chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)  # a typing error is told before a model is trained
-    task = make_task(config)
+    devices = devices_of(config)
+    task = placed(make_task(config), devices[0])
     result = searched(config, budget, task, run_dir, config.start)
     show_result(result, task, read_run(run_dir)["dense"])
     return result.best.metrics["score"]
@@ -82,6 +85,8 @@ def searched(
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir, start)
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
+    if task.device == CPU and torch.cuda.is_available():
+        console.print("the processor runs the models; for the GPU: devices=[cuda:0]", style="dim", highlight=False)
     timing, latency = timing_of(config), None
     if "latency" in budget:
         if timing is None:
@@ -117,7 +122,7 @@ def tracked_search(
     result = None
     try:
         bar = SearchProgress(config.n_trials, objective, dense, console)
-        with beside(config.workers, run_dir) as others, bar as progress:
+        with beside(config.workers, run_dir, devices_of(config)) as others, bar as progress:
             result = run_search(
                 space.model,
                 task.example_inputs,
@@ -234,7 +239,7 @@ def prepare(
     if kept is not None:
         model = kept_model(folder, task, start)
     else:
-        model = task.make_model() if start is None else load(Path(start))
+        model = task.make_model() if start is None else load(Path(start)).to(task.device)
     space = discover_for(task, model, config)
     if kept is None:
         metrics = dense_metrics(task, model, space.dense_cost)
@@ -249,7 +254,7 @@ def prepare(
 def kept_model(folder: Path, task: Task, start: str | Path | None) -> nn.Module:
     """The dense model from the run's folder: all processes map the same file, so that memory holds its weights once."""
     try:
-        return load_with(folder, task.make_model)
+        return load_with(folder, task.make_model).to(task.device)
     except StorageError:
         if task.trains or start is not None:
             raise

@@ -219,7 +219,8 @@ class Search:
     n_trials: int = 100
     timeout_s: float | None = None
     patience: int | None = None
-    workers: int = 1
+    workers: int | None = None
+    devices: list[str] = field(default_factory=list)
     storage: str | None = None
     seed: int = 0
     run_dir: str = MISSING

@@ -76,7 +76,7 @@ def _joining(overrides: Sequence[str]) -> list[str]:
     run_dir = Path(json.loads(text) if (text := run.partition("=")[2]).startswith('"') else text.strip("'"))
     rest = [text for text in overrides if text != run]
     kept = inherited(run_dir, rest, f"prunefront worker {run_dir}") if (run_dir / ".hydra").exists() else []
-    kept = [text for text in kept if _key(text) != "workers"]
+    kept = [text for text in kept if _key(text) not in ("workers", "devices")]  # a machine has its own
     return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
 
 

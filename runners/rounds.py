@@ -13,6 +13,7 @@ from ..search.saved import METRICS, read_json, write_json
 from ..spaces import Cost
 from ..spaces.errors import ConfigError
 from .commands import chosen_budget, discover_for, make_task, output_folder, searched
+from .devices import placed
 from .display import console, finetuned_table, show_load
 from .finetuning.command import trained
 from .runs import read_run
@@ -27,13 +28,14 @@ def command(config: DictConfig) -> None:
         raise ConfigError(f"rounds must be at least 1, not {config.rounds}")
     if config.mode != "budget":
         raise ConfigError("rounds go down to a budget; mode=front has none")
-    if config.workers != 1 or config.storage is not None:
+    if config.workers not in (None, 1) or config.devices or config.storage is not None:
         raise ConfigError(
-            "rounds run in one process, with a journal each: leave workers and storage to prunefront search"
+            "rounds run in one process on one device=, with a journal each: leave workers, devices and storage to "
+            "prunefront search"
         )
     run_dir, budget = output_folder(), chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1))
-    task = make_task(config)
+    task = placed(make_task(config), config.device)
     with console.status("preparing the dense model"):
         dense = discover_for(task, task.make_model(), config).dense_cost if not _is_begun(run_dir) else _dense(run_dir)
     start: Path | None = None if config.start is None else Path(config.start)

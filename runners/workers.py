@@ -12,13 +12,14 @@ from ..search.saved import METRICS, read_json
 from ..spaces import Space
 from ..spaces.errors import StorageError
 from .commands import LATENCY_FILE, chosen_budget, make_task, prepare, search_options, timing_of
+from .devices import devices_of, placed
 from .display import console, errors
 
 
 def command(config: DictConfig) -> None:
     """Join a search that another process has begun, from this machine or another, until it is over."""
     run_dir = Path(config.run_dir)
-    task = make_task(config)
+    task = placed(make_task(config), devices_of(config)[0])
     if task.trains and not (run_dir / "dense" / METRICS).exists():
         raise StorageError(
             f"{run_dir / 'dense'} is missing: the task trains its model, so copy that folder of the search"

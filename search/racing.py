@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
 from torch import nn
 
 from .scores import SampleScore
@@ -51,4 +50,6 @@ def race(model: nn.Module, guide: SampleScore, rival: NDArray[np.float64] | None
 def _loses(differences: NDArray[np.float64]) -> bool:
     if differences.mean() >= 0 or not differences.any():
         return False
+    from scipy.stats import wilcoxon  # takes as long to import as everything else: only searches need it
+
     return float(wilcoxon(differences, alternative="less", method="approx").pvalue) < LEVEL

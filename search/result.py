@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from torch import nn
 
 from ..spaces import Plan, Space
+from ..spaces.devices import device_of
 from ..spaces.errors import SearchError, StorageError
 from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
@@ -339,8 +340,7 @@ def _read(entry: Entry, dense: nn.Module) -> nn.Module:
         model = load_with(entry.path, lambda: dense)
     except StorageError:
         return entry.build()
-    device = next((tensor.device for tensor in dense.parameters()), torch.device("cpu"))
-    return model.to(device)
+    return model.to(device_of(dense))
 
 
 def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from .problem import COST_SHARE, CRITERION, SHARES, Problem
 from .projection import Projector
@@ -242,5 +243,6 @@ class SurrogateSampler(BaseSampler):
 def expected_improvement(means: Array, deviations: Array, incumbent: float) -> Array:
     """Of normal variables over ``incumbent``, in the units of ``means``."""
     z = (means - incumbent) / deviations
-    gain: Array = deviations * (z * norm.cdf(z) + norm.pdf(z))
+    density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    gain: Array = deviations * (z * ndtr(z) + density)
     return gain

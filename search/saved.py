@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..spaces import Plan
+from ..spaces.devices import device_of
 from ..spaces.errors import StorageError
 from ..spaces.inputs import Inputs
 from ..spaces.proof import outputs_of
@@ -184,8 +185,9 @@ def _why_not_alone(
     """Empty if the description alone gives the same function."""
     parts = f"without {', '.join(structure['left_out'][:3])}" if structure["left_out"] else "from its description"
     try:
+        device = device_of(model)
+        inputs = inputs.to(device)
         expected = outputs_of(model, inputs)
-        device = next((tensor.device for tensor in tensors_of(model).values()), torch.device("cpu"))
         actual = outputs_of(rebuild(structure, {k: t.to(device) for k, t in tensors.items()}), inputs)
     except Exception as error:  # whatever the user's forward raises when an attribute is missing
         return f"{parts}, it fails with {type(error).__name__}: {error}"

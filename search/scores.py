@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..spaces.devices import device_of, moved
 from ..spaces.errors import ConfigError
 from ..spaces.inputs import Inputs, output_tensors
 from ..spaces.trace import evaluating
@@ -60,9 +61,8 @@ class SampleScore:
 
     def _output(self, model: nn.Module, part: int) -> Any:
         """What ``model`` answers, computed where it is and brought to the CPU."""
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        inputs = inputs_of(self.batches[part], self.arguments).map(lambda leaf: _moved(leaf, device))
-        return tree_map(lambda leaf: _moved(leaf, torch.device("cpu")), inputs.call(model))
+        inputs = inputs_of(self.batches[part], self.arguments).to(device_of(model))
+        return moved(inputs.call(model), "cpu")
 
     def in_parts(self, samples: int | None = None, seed: int = 0) -> SampleScore:
         """The same on ``samples`` drawn at random, in parts of which the first is a tenth."""
@@ -113,10 +113,6 @@ class Fidelity(SampleScore):
         rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
         return rows[:, :: -(-rows.shape[1] // room)]
-
-
-def _moved(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def inputs_of(batch: Any, arguments: int) -> Inputs:

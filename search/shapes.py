@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..spaces.devices import device_of
 from ..spaces.errors import ConfigError
 from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
@@ -41,7 +42,7 @@ def check_inputs(model: nn.Module, inputs: Sequence[Inputs]) -> None:
     for one in inputs:
         try:
             with evaluating(model), torch.no_grad():
-                one.call(model)
+                one.to(device_of(model)).call(model)
         except Exception as error:
             raise ConfigError(
                 f"the model cannot run on inputs of shape {shape_of(one)}: {type(error).__name__}: {error}; change "

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, sampled
+from .devices import batches_on, device_of
 from .errors import CalibrationError
 from .groups import Structure, groups_in
 from .inputs import Inputs
@@ -62,6 +63,9 @@ class Calibration:
         if next(iter(self.batches), None) is None:
             raise CalibrationError("calibration has no batches; pass at least one")
 
+    def on(self, device: torch.device) -> Calibration:
+        return replace(self, batches=batches_on(self.batches, device))
+
     def inputs(self, batch: Any) -> Inputs:
         return inputs_of(batch, self.arguments)
 
@@ -85,8 +89,7 @@ def precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContext
     """Autocast to ``autocast`` on the device of ``model``; nothing where that is None."""
     if autocast is None:
         return nullcontext()
-    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
-    return torch.autocast(device, dtype=autocast)
+    return torch.autocast(device_of(model).type, dtype=autocast)
 
 
 def exactly(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .devices import moved
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -38,6 +40,9 @@ class Inputs:
     def map(self, function: Callable[[Any], Any]) -> Inputs:
         """``function`` applied to every leaf."""
         return Inputs(tree_map(function, self.args), None if self.kwargs is None else tree_map(function, self.kwargs))
+
+    def to(self, device: torch.device | str) -> Inputs:
+        return Inputs(moved(self.args, device), None if self.kwargs is None else moved(self.kwargs, device))
 
     def leaves(self) -> list[Any]:
         return tree_leaves([self.args, dict(self.kwargs or {})])

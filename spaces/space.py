@@ -19,6 +19,7 @@ from .calibration import Calibration
 from .compensation import Compensation
 from .cost import Cost, CostModel
 from .criteria import CRITERIA, Evidence, unit_scores
+from .devices import device_of
 from .equivalents import replace
 from .errors import ConfigError, EmptySpaceError, PlanError
 from .groups import Frozen, Group, Kept, Structure, build_structure, freeze_groups
@@ -359,6 +360,9 @@ def discover(
     inputs = Inputs.of(example_inputs)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration, len(inputs.args), loss, autocast)
+    if (device := device_of(model)).type != "meta":
+        inputs = inputs.to(device)
+        calibration = None if calibration is None else calibration.on(device)
     started = time.perf_counter()
     prepared = replace(model)
     trace = record(prepared, inputs)

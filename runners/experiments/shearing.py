@@ -23,10 +23,10 @@ from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
 from ..commands import make_task, plain, prepare
+from ..devices import placed
 from ..display import console, show_load
 from ..exporting.huggingface import check_uniform, export_huggingface
 from ..finetuning import Finetuned, Recipe, finetune
-from ..finetuning.command import check_device
 from ..finetuning.progress import TrainingProgress
 from ..tasks import Task
 from ..tasks.hf_causal_lm import AUTO
@@ -48,9 +48,8 @@ def run(config: DictConfig) -> None:
         raise ConfigError("the figure is of perplexity; leave task.score as it is")
     if config.check:
         return show_shape(config, shape)
-    check_device(config.device)
     run_dir = Path(config.run_dir)
-    task = make_task(config)
+    task = placed(make_task(config), config.device)
     space, dense = prepare(task, config, run_dir)
     plan, pruned = choose(space, task, shape)
     console.print(described(space, plan))
@@ -122,13 +121,13 @@ def train(config: DictConfig, task: Task, model: nn.Module, plan: Plan, folder: 
     recipe = Recipe.of({**options, "steps": steps, "evaluate_steps": every})
     with TrainingProgress(folder.name, console) as progress:
         return finetune(
-            model.to(config.device),
+            model.to(task.device),
             training=task.training,
             loss=task.loss,
             score=task.score,
             test=task.test,
             recipe=recipe,
-            teacher=load(folder.parent / "dense").to(config.device) if recipe.needs_dense else None,
+            teacher=load(folder.parent / "dense").to(task.device) if recipe.needs_dense else None,
             autocast=task.autocast,
             example_inputs=task.example_inputs,
             plan=plan,
@@ -140,7 +139,7 @@ def train(config: DictConfig, task: Task, model: nn.Module, plan: Plan, folder: 
 
 def export(trained: Finetuned, task: Task, plan: Plan, folder: Path) -> None:
     if not folder.exists():
-        export_huggingface(trained.model.cpu(), folder, task.example_inputs, widths=plan.widths)
+        export_huggingface(trained.model, folder, task.example_inputs, widths=plan.widths)
 
 
 def results(dense: Mapping[str, float], trained: Mapping[str, Finetuned], tokens: int) -> dict[str, Any]:

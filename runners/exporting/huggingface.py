@@ -56,7 +56,7 @@ def export_huggingface(
         copied.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _verify(copied, temporary, Inputs.of(example_inputs))
+        _verify(copied, temporary, Inputs.of(example_inputs).to("cpu"))
         temporary.replace(directory)
     except OSError as error:
         raise StorageError(f"cannot write {directory}: {error}") from error

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -14,6 +13,7 @@ from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
 from ..commands import instantiated, make_task, plain
+from ..devices import check_device
 from ..display import console, errors, finetuned_table, show_load
 from ..picking import picks
 from ..report import write_report
@@ -70,14 +70,6 @@ def trained(
         folder = folder_of(run_dir, pick) / FINETUNED / name
         done[f"{pick}{TUNED}{name}"] = _one(config, task, recipe, teacher, run_dir, folder, history)
     return done
-
-
-def check_device(name: str) -> None:
-    """Raises ConfigError unless tensors can be put there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _one(

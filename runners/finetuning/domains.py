@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ...spaces.calibration import inputs_of, precision
+from ...spaces.devices import device_of, moved
 from ...spaces.errors import ConfigError, FinetuneError
 from ...spaces.trace import evaluating
 from .distillation import Loss
@@ -94,18 +94,14 @@ def domain_losses(
     model: nn.Module, probes: Mapping[str, Sequence[Any]], loss: Loss, autocast: torch.dtype | None
 ) -> dict[str, float]:
     """Mean loss of every domain, in evaluation mode."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     found = {}
     with evaluating(model), torch.no_grad(), precision(model, autocast):
         for name, batches in probes.items():
-            moved = [_moved(batch, device) for batch in batches]
-            losses = [float(loss(inputs_of(batch).call(model), batch)) for batch in moved]
+            placed = [moved(batch, device) for batch in batches]
+            losses = [float(loss(inputs_of(batch).call(model), batch)) for batch in placed]
             found[name] = sum(losses) / len(losses)
     return found
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def make_loading(

@@ -20,6 +20,7 @@ from ...search.saved import METRICS, load, read_json, save_model
 from ...spaces import Plan
 from ...spaces.calibration import Calibration, batch_norms, inputs_of
 from ...spaces.copying import copy_model
+from ...spaces.devices import device_of
 from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError
 from ...spaces.inputs import Inputs
 from . import randomness
@@ -90,7 +91,7 @@ def finetune(
     _check(training, model, recipe, score, teacher)
     epochs = training if callable(training) else lambda seed: training
     directory = None if run_dir is None else Path(run_dir)
-    device = next(model.parameters()).device
+    device = device_of(model)
     if directory is not None and restart:
         checkpoint_of(directory).unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
@@ -119,8 +120,7 @@ def finetune(
     if test is not None:
         found |= _tested(result, test, autocast)
     if directory is not None:
-        saved = result if device.type == "cpu" else copy_model(result).cpu()  # to where the inputs are
-        save_model(directory, saved, plan, {**found, "identity": identity}, inputs)
+        save_model(directory, result, plan, {**found, "identity": identity}, inputs)
         checkpoint_of(directory).unlink(missing_ok=True)
     return Finetuned(result, found, directory)
 
@@ -217,9 +217,8 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
 
 def _costs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
-    device = next(model.parameters()).device
     with torch.no_grad(), counter:
-        inputs.map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf).call(model)
+        inputs.to(device_of(model)).call(model)
     return {"macs": counter.get_total_flops() // 2, "params": sum(p.numel() for p in model.parameters())}
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ...spaces.copying import copy_model
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs, output_tensors
 
@@ -86,8 +87,15 @@ def exported(models: Sequence[nn.Module], inputs: Inputs, traced: bool = False) 
     with tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
         paths = [Path(folder) / f"model{index}.onnx" for index in range(len(models))]
         for model, path in zip(models, paths, strict=True):
-            export_onnx(model, inputs, path, traced)
+            export_onnx(*on_device(model, inputs, "cpu"), path, traced)
         yield paths
+
+
+def on_device(model: nn.Module, inputs: Inputs, device: str) -> tuple[nn.Module, Inputs]:
+    """Both on ``device``; a model that lies elsewhere is copied."""
+    if any(tensor.device != torch.empty(0, device=device).device for tensor in model.state_dict().values()):
+        model = copy_model(model).to(device)
+    return model, inputs.to(device)
 
 
 def named_arrays(inputs: Inputs) -> dict[str, NDArray[Any]]:
@@ -97,8 +105,9 @@ def named_arrays(inputs: Inputs) -> dict[str, NDArray[Any]]:
 
 def check_outputs(model: nn.Module, inputs: Inputs, outputs: Sequence[Any], precision: str, where: str) -> None:
     """Raises OutputsDiffer where floating-point ``outputs`` of a runtime differ from those of ``model``."""
+    model, inputs = on_device(model, inputs, "cpu")
     with torch.no_grad():
-        expected = [tensor.cpu() for tensor in output_tensors(inputs.call(model))]
+        expected = output_tensors(inputs.call(model))
     if len(outputs) != len(expected):
         raise OutputsDiffer(f"{where} gives {len(outputs)} outputs, torch {len(expected)}")
     for found, wanted in zip(outputs, expected, strict=True):

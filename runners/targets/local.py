@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from ...spaces.copying import copy_model
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
 from . import runtimes
-from .exporting import OutputsDiffer, check_outputs, exported, named_arrays
+from .exporting import OutputsDiffer, check_outputs, exported, named_arrays, on_device
 from .process import Answer, read_answer, run_in_group, write_task
 
 logger = logging.getLogger(__name__)
@@ -41,45 +42,53 @@ class TorchTarget:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        if self.device != "cpu" and not self._is_cuda:  # others would be timed before they are done
+            raise TargetError(f"target=torch times cpu, cuda, cuda:0, ..., not target.device={self.device}")
+        if self._is_cuda and not torch.cuda.is_available():
             raise TargetError("target.device=cuda: torch sees no CUDA device; use target.device=cpu")
+        if self._is_cuda and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
+            raise TargetError(f"target.device={self.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+
+    @property
+    def _is_cuda(self) -> bool:
+        return re.fullmatch(r"cuda(:\d+)?", self.device) is not None
 
     @property
     def description(self) -> Mapping[str, Any]:
-        return {"target": "torch", "version": torch.__version__, **asdict(self)}
+        gpu = {"gpu": torch.cuda.get_device_name(self.device)} if self._is_cuda else {}
+        return {"target": "torch", "version": torch.__version__, **asdict(self), **gpu}
 
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
         facts = {**protocol.conditions(), "runtime": "torch", **dict(self.description)}
         facts["threads"] = self.threads or torch.get_num_threads()
-        with torch_threads(self.threads), torch.inference_mode():
+        current = torch.cuda.device(self.device) if self._is_cuda else contextlib.nullcontext()
+        with torch_threads(self.threads), torch.inference_mode(), current:
             runs = [self._run(model, inputs) for model in models]
             samples, load = protocol.time_side_by_side(runs, **asdict(settings))
         return samples, facts | load
 
     def _run(self, model: nn.Module, inputs: Inputs) -> Callable[[], float | None]:
-        where = {name: tensor.device for name, tensor in model.state_dict().items()}
-        if any(device.type != torch.device(self.device).type for device in where.values()):
-            raise TargetError(f"the model is on {next(iter(where.values()))}; move it to {self.device} to measure it")
+        model, inputs = on_device(model, inputs, self.device)
         if self.channels_last:
             model = copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             inputs = inputs.map(_channels_last)
-        inputs = inputs.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf)
         forward: Any = torch.compile(model, dynamic=False) if self.compile else model
         dtype = PRECISIONS[self.precision]
-        kind = torch.device(self.device).type
+        kind = "cuda" if self._is_cuda else "cpu"
 
         def run() -> None:
             with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
                 inputs.call(forward)
 
-        return run if kind == "cpu" else timed_on_cuda(run)
+        return timed_on_cuda(run) if self._is_cuda else run
 
 
 def timed_on_cuda(run: Callable[[], None]) -> Callable[[], float]:
     """``run`` as a CUDA graph where it can be captured; returns its seconds by events of the device."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()

@@ -36,6 +36,8 @@ class Task:
     autocast: torch.dtype | None = None
     #: ``make_model`` trains: a continued run takes its dense model from the run instead.
     trains: bool = False
+    #: Where ``make_model`` puts the model.
+    device: str = "cpu"
 
 
 def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..calibration import Calibration
 from ..consumers import Call, Watcher
+from ..devices import device_of
 from ..errors import CalibrationError
 from ..groups import Structure, groups_in
 from ..inputs import Inputs, output_tensors
@@ -49,8 +50,7 @@ def sensitivity(model: nn.Module, structure: Structure, calibration: Calibration
         CalibrationError: the loss is no scalar, or depends on no parameter.
     """
     gradients = _Pass(model, structure)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
     with evaluating(model), _differentiable(model), torch.enable_grad(), _recurrent_gradients(model):
         for batch in calibration.batches:
             inputs = calibration.inputs(batch)
