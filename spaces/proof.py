@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copying import copy_model
+from .devices import device_of
 from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
@@ -170,7 +171,7 @@ class Comparable(TorchDispatchMode):
             for group, mask in zip(structure.groups, kept, strict=True):
                 if group.kind == "expert" and not mask.all():
                     module = modules[group.name.rpartition(".")[0]]
-                    left = torch.from_numpy(mask)
+                    left = torch.from_numpy(mask).to(device_of(masked))
                     hooks.callback(module.register_forward_pre_hook(lambda *_, left=left: self._enter(left)).remove)
                     hooks.callback(module.register_forward_hook(lambda *_: self._enter(None)).remove)
             yield

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from optuna.trial import TrialState
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -16,12 +17,15 @@ from torch.utils.data import DataLoader
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.devices import CPU, placed
+from prunefront.runners.exporting.huggingface import export_huggingface
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
 from prunefront.runners.finetuning.engine import checkpoint_of
 from prunefront.runners.targets import OnnxTarget, TorchTarget
 from prunefront.runners.tasks.digits import DigitsNet, digits
+from prunefront.search.liveness import WORKER
 from prunefront.search.measurement import Settings, measure
 from prunefront.search.scores import SampleScore, accuracy
+from prunefront.search.study import read_study
 from prunefront.spaces.criteria import CRITERIA
 from prunefront.spaces.inputs import Inputs
 from prunefront.spaces.proof import outputs_of
@@ -80,7 +84,7 @@ def test_spaces_are_those_of_the_processor_and_candidates_equal_their_masks(name
     assert [(group.name, group.size, group.kind) for group in there.groups] == [
         (group.name, group.size, group.kind) for group in here.groups
     ]
-    assert there.dense_cost == here.dense_cost
+    assert (there.dense_cost.macs, there.dense_cost.params) == (here.dense_cost.macs, here.dense_cost.params)
     exact = [group.name for group in there.groups if group.exact]
     plan = there.plan({n: width for n, width in there.uniform(0.5).widths.items() if n in exact})
     inputs = Inputs.of(example_inputs).to("cuda")
@@ -137,6 +141,14 @@ def test_a_search_from_python_takes_data_on_the_processor(tmp_path, autocast):
     assert json.loads((tmp_path / "result.json").read_text())["machine"]["gpu"]
 
 
+def test_a_language_model_of_the_gpu_becomes_a_standard_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = build("llama")
+    space = prunefront.discover(model.cuda().eval(), inputs, uniform=True)
+    folder = export_huggingface(space.apply(space.uniform(0.5)), tmp_path / "checkpoint", inputs)
+    assert (folder / "model.safetensors").exists()
+
+
 def test_a_task_is_placed_with_what_its_model_is_given():
     task = placed(digits(width=4, epochs=1), "cuda")
     model = task.make_model()
@@ -146,11 +158,13 @@ def test_a_task_is_placed_with_what_its_model_is_given():
 
 def test_processes_of_one_search_take_devices_in_turn(tmp_path, capfd):
     run = tmp_path / "run"
-    assert main(["search", *TINY, "n_trials=16", f"run_dir={run}", "devices=[cuda:0,cuda:0,cpu]"]) == 0
+    assert main(["search", *TINY, "n_trials=600", f"run_dir={run}", "devices=[cuda:0,cuda:0,cpu]"]) == 0
     assert (run / "report.html").exists() and not (run / "workers" / "3.log").exists()
     logs = [(run / "workers" / f"{number}.log").read_text() for number in (1, 2)]
-    assert all("Error" not in log for log in logs), logs
-    assert main(["search", f"resume={run}", "n_trials=20", "devices=[cuda]"]) == 0
+    trials = read_study(run).get_trials()
+    assert len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3, logs
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) >= 600
+    assert main(["search", f"resume={run}", "n_trials=604", "devices=[cuda]"]) == 0
     assert main(["worker", str(run), "devices=[cuda:0]"]) == 0
     assert main(["finetune", str(run), "device=cuda", "finetune.epochs=2", "finetune.distill.weight=0.5"]) == 0
     assert main(["load-check", str(run)]) == 0
@@ -224,7 +238,7 @@ TRAINING = """
 import sys, torch, prunefront
 from tests.test_gpu import batches, loss, net
 torch.backends.cudnn.deterministic = True
-recipe = prunefront.Recipe(steps=400, ema=0.9, evaluate_steps=200, checkpoint_min=1 / 6000, precision=sys.argv[2])
+recipe = prunefront.Recipe(steps=150, ema=0.9, evaluate_steps=50, checkpoint_min=1 / 600, precision=sys.argv[2])
 prunefront.finetune(net().cuda(), training=batches(), loss=loss, recipe=recipe, run_dir=sys.argv[1],
                     example_inputs=batches()[0][0][:1])
 """
