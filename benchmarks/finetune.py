@@ -5,8 +5,9 @@ Run: python -m benchmarks.finetune [--depth 56] [--macs 70,50,40] [--epochs 1,3,
      python -m benchmarks.finetune --show FILE ...
 
 ``PRUNEFRONT_DATA`` names the folder of ``task=cifar_resnet``. At every share of the MACs the uniform plan over all
-widths is trained, and of ``--runs`` (searches of the same network) the plan with the highest search score within that
-share; both are repaired here (reconstruction, sequential). Accuracy in % on the reporting half of the test images.
+widths is trained, and the plan with the highest search score within that share that ``--runs`` (searches of the same
+network) have found; both are repaired here (reconstruction, sequential). Accuracy in % on the reporting half of the
+test images.
 Every training has its own schedule.
 
 With ``--folder`` trainings are kept there: a benchmark that was killed goes on. ``--part 1/4`` does the first of four
@@ -30,7 +31,6 @@ import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.devices import placed
 from prunefront.runners.finetuning import Finetuned
-from prunefront.runners.picking import best, within
 from prunefront.runners.runs import read_run
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.base import Epoch
@@ -42,7 +42,7 @@ from prunefront.spaces.calibration import precision
 
 Row = dict[str, Any]
 DISTILL = prunefront.Distill(weight=0.5, temperature=4.0)
-UNIFORM = "uniform"
+UNIFORM, SEARCHED = "uniform", "searched"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Benchmark:
         self, depth: int, device: str, runs: Sequence[Path], lr: float, images: int | None, folder: Path | None
     ) -> None:
         self.task = placed(cifar_resnet(depth), device)
-        self.runs, self.lr, self.folder = {run_dir.name: run_dir for run_dir in runs}, lr, folder
+        self.found = [(run_dir, read_run(run_dir)) for run_dir in runs]
+        self.lr, self.folder = lr, folder
         self.dense = self.task.make_model()
         self.training = self.task.training
         if images is not None:
@@ -89,7 +90,7 @@ class Benchmark:
             for length in sorted(epochs, reverse=True)
             for is_distilled in (False, True)
             for share in shares
-            for start in (*self.runs, UNIFORM)
+            for start in ((SEARCHED, UNIFORM) if self.found else (UNIFORM,))
         ]
 
     def start(self, job: Job) -> nn.Module:
@@ -102,10 +103,15 @@ class Benchmark:
     def _plan(self, job: Job) -> Plan:
         if job.start == UNIFORM:
             return prunefront.project(self.space, {"macs": job.share})
-        run_dir = self.runs[job.start]
-        run = read_run(run_dir)
-        name = best(within(run, {"macs": job.share}, run["front"]))["name"]
-        return Plan.from_json(read_plan(run_dir / "front" / name)["plan"])
+        limit = float(job.share.strip("%")) / 100 * self.space.dense_cost.macs
+        entries = [
+            (entry["score"], run_dir / "front" / entry["name"])
+            for run_dir, run in self.found
+            for entry in run["front"]
+            if entry["macs"] <= limit
+        ]
+        _, folder = max(entries)
+        return Plan.from_json(read_plan(folder)["plan"])
 
     def tuned(self, job: Job) -> Finetuned:
         assert self.training is not None

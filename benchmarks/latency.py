@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.targets import OnnxTarget, TorchTarget, runtimes
-from prunefront.runners.targets.exporting import exported, named_arrays
+from prunefront.runners.targets.exporting import exported, named_arrays, on_device
 from prunefront.runners.targets.local import torch_threads
 from prunefront.runners.tasks.cifar_resnet import CifarResNet, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
@@ -63,6 +63,16 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "vit_small": lambda: imagenet("vit_small_patch16_224"),
     "cifar_resnet56": lambda: (CifarResNet(56).eval(), torch.randn(1, 3, 32, 32)),
 }
+
+
+TORCH: dict[str, Callable[[int | None], TorchTarget]] = {
+    "torch": lambda threads: TorchTarget(threads=threads),
+    "cuda": lambda threads: TorchTarget("cuda", precision="bfloat16", channels_last=True, threads=threads),
+}
+
+
+def _kind(target: Row) -> str:
+    return "cuda" if target.get("device") == "cuda" and target["target"] == "torch" else target["target"]
 
 
 def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespace) -> Row:
@@ -97,8 +107,11 @@ def _forwards(
     target: OnnxTarget | TorchTarget, models: Sequence[nn.Module], inputs: Inputs, paths: Sequence[Path]
 ) -> list[Callable[[], Any]]:
     """The same work as functions of this process, for the methods that know nothing of targets."""
-    if isinstance(target, TorchTarget):
+    if isinstance(target, TorchTarget) and target.device == "cpu":
         return [lambda model=model: inputs.call(model) for model in models]
+    if isinstance(target, TorchTarget):
+        placed = [on_device(model, inputs, target.device) for model in models]
+        return [lambda pair=pair: (pair[1].call(pair[0]), torch.cuda.synchronize()) for pair in placed]
     arrays = named_arrays(inputs)
     return [runtimes.load(target.runtime, str(path), arrays, **target.options)[0] for path in paths]
 
@@ -138,7 +151,7 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
     unseen = spread_plans(space, options.held_out + 1, seed=1)[1:]  # the first is the smallest plan, which is seen
     settings = Settings(limit_s=options.measurement_s)
     longer = replace(settings, tolerance=settings.tolerance / 2, limit_s=2 * settings.limit_s)
-    timing = Timing(target, settings=settings)
+    timing = Timing(target, settings=settings, batch_size=options.batch_size)
     start = time.perf_counter()
     todo = [(seen, settings, i) for i in range(0, len(seen), TOGETHER)]
     todo += [(unseen, longer, i) for i in range(0, len(unseen), TOGETHER)]
@@ -163,6 +176,7 @@ def model(name: str, target: OnnxTarget | TorchTarget, options: argparse.Namespa
     return {
         "model": name,
         "target": dict(target.description),
+        "batch_size": options.batch_size,
         "dimensions": len(space.dimensions),
         "dense_ms": float(np.median(times)),
         "dense_ms_spread": [min(times), max(times)],
@@ -312,7 +326,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--models", help=f"some of {', '.join(MODELS)}; by default what each part is about")
-    parser.add_argument("--targets", default="onnxruntime,torch", help="onnxruntime, openvino, torch")
+    parser.add_argument("--targets", default="onnxruntime,torch", help="onnxruntime, openvino, torch, cuda")
+    parser.add_argument("--batch-size", type=int, default=1, help="of the latency models")
     parser.add_argument("--threads", type=int, help="of both targets")
     parser.add_argument("--repeats", type=int, default=20, help="of repeatability")
     parser.add_argument("--plans", type=int, default=max(COUNTS), help="measured for the latency model")
@@ -322,7 +337,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--measurement-s", type=float, default=10.0, help="at most, of a measurement")
     parser.add_argument("--out", type=Path, help="JSON")
     chosen = parser.parse_args()
-    for name, known in (("parts", PARTS), ("models", MODELS), ("targets", ("torch", *runtimes.LOADERS))):
+    for name, known in (("parts", PARTS), ("models", MODELS), ("targets", (*TORCH, *runtimes.LOADERS))):
         given = [part for part in (getattr(chosen, name) or "").split(",") if part]
         if unknown := set(given) - set(known):
             parser.error(f"unknown {name} {sorted(unknown)}; expected some of {', '.join(known)}")
@@ -341,10 +356,11 @@ def main() -> None:
         names = [name for name in options.models or usual if part != "budget" or name in usual]
         for name in names:
             for kind in options.targets:
-                target = TorchTarget(threads=options.threads) if kind == "torch" else OnnxTarget(kind, options.threads)
+                target = TORCH[kind](options.threads) if kind in TORCH else OnnxTarget(kind, options.threads)
                 torch.manual_seed(0)
                 row = run(name, target, options)
-                others = [r for r in results.get(part, []) if (r["model"], r["target"]["target"]) != (name, kind)]
+                own = (name, _kind(row["target"]))
+                others = [r for r in results.get(part, []) if (r["model"], _kind(r["target"])) != own]
                 results[part] = [*others, row]
                 if options.out:
                     options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -1,11 +1,13 @@
 """On a GPU: spaces, candidates and searches as on the processor; latency; trainings. Skipped without one."""
 
 import copy
+import gc
 import json
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from prunefront.runners.exporting.huggingface import export_huggingface
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
 from prunefront.runners.finetuning.engine import checkpoint_of
 from prunefront.runners.targets import OnnxTarget, TorchTarget
+from prunefront.runners.targets.local import TimedOnCuda
 from prunefront.runners.tasks.digits import DigitsNet, digits
 from prunefront.search.liveness import WORKER
 from prunefront.search.measurement import Settings, measure
@@ -226,6 +229,17 @@ def test_the_torch_target_tells_a_large_model_from_a_small_one(options, asks):
         per_run = (time.perf_counter() - start) / 50 * 1e3
         dense_ms = found.median_ms / found.ratio
         assert dense_ms == pytest.approx(per_run, rel=0.15)
+
+
+def test_what_a_graph_reads_is_not_freed():
+    """A replay of freed memory times nothing, or fails."""
+    model, x = Wide(16).cuda().eval(), torch.randn(1, 8, 16, 16).cuda()
+    held = weakref.ref(model)
+    with torch.inference_mode():
+        timed = TimedOnCuda(lambda model=model: model(x))
+    del model
+    gc.collect()
+    assert held() is not None and timed() > 0
 
 
 def test_models_on_the_gpu_are_measured_by_runtimes_of_the_processor():

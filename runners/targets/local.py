@@ -82,35 +82,36 @@ class TorchTarget:
             with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
                 inputs.call(forward)
 
-        return timed_on_cuda(run) if self._is_cuda else run
+        return TimedOnCuda(run) if self._is_cuda else run
 
 
-def timed_on_cuda(run: Callable[[], None]) -> Callable[[], float]:
-    """``run`` as a CUDA graph where it can be captured; returns its seconds by events of the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        replay = graph.replay
-    except RuntimeError:  # synchronises, or allocates by its data
+class TimedOnCuda:
+    """``run`` as a CUDA graph where it can be captured; calls return its seconds by events of the device."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run  # holds the weights and inputs that the graph reads: they must not be freed
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
         torch.cuda.synchronize()
-        replay = run
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._replay = run
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+            self._replay = graph.replay
+        except RuntimeError:  # synchronises, or allocates by its data
+            torch.cuda.synchronize()
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def timed() -> float:
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-    return timed
+    def __call__(self) -> float:
+        self._begin.record()
+        self._replay()
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
 @dataclass(frozen=True)

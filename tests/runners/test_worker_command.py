@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,6 +40,52 @@ def test_a_worker_without_a_search_says_so(tmp_path, monkeypatch, capsys):
     assert main(["worker", *TASK]) == 1 and "takes the folder of a search first" in capsys.readouterr().err
     assert main(["worker", "runs/none", *TASK]) == 1 and "copy that folder" in capsys.readouterr().err
     assert main(["search", *TASK, "workers=0", "run_dir=runs/b"]) == 1 and "at least 1" in capsys.readouterr().err
+
+
+class Ended:
+    """A process that has done its work."""
+
+    returncode = 0
+    started: ClassVar[list[list[str]]] = []
+
+    def __init__(self, command, **_):
+        self.started.append(command)
+
+    def poll(self):
+        return 0
+
+    def wait(self, timeout):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "devices", "expected"),
+    [
+        (None, ["cpu"], []),
+        (3, ["cpu"], ["", ""]),
+        (None, ["cuda:0", "cuda:1"], ["devices=[cuda:1]"]),
+        (4, ["cuda:0", "cuda:1"], ["devices=[cuda:1]", "devices=[cuda:0]", "devices=[cuda:1]"]),
+        (None, ["cuda:0", "cpu"], [""]),
+    ],
+)
+def test_processes_take_devices_in_turn(tmp_path, monkeypatch, workers, devices, expected):
+    monkeypatch.setattr(Ended, "started", [])
+    monkeypatch.setattr(beside.subprocess, "Popen", Ended)
+    monkeypatch.setattr(beside, "_overrides", lambda run_dir: ["of the search"])
+    with beside.beside(workers, tmp_path, devices):
+        pass
+    ends = [command[command.index("of the search") + 1 :] for command in Ended.started]
+    assert ends == [[device] if device else [] for device in expected]
+
+
+def test_devices_that_cannot_be_used_are_told_before_the_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", *TASK, "devices=[warp]", "run_dir=runs/a"]) == 1
+    assert "the device warp cannot be used here" in capsys.readouterr().err
+    assert main(["search", *TASK, "devices=[cpu,cpu]", "workers=1", "run_dir=runs/a"]) == 1
+    assert "every device needs a process" in capsys.readouterr().err
+    assert main(["rounds", *TASK[:-1], "devices=[cpu]", "run_dir=runs/a"]) == 1
+    assert "leave workers, devices and storage" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list mapped files")
