@@ -16,9 +16,6 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from ..spaces.errors import ConfigError
-from .devices import CPU
-
 logger = logging.getLogger(__name__)
 
 #: Seconds that processes have to see that a search is over, and to end after they were interrupted.
@@ -55,28 +52,19 @@ class Others:
 
 @contextlib.contextmanager
 def beside(workers: int | None, run_dir: Path, devices: Sequence[str]) -> Iterator[Others]:
-    """``workers`` processes on the search in ``run_dir``, this one included, until it is left. They take ``devices`` in
-    turn, this one the first; None: one a device.
+    """``workers`` processes on the search in ``run_dir``, this one included, until it is left; None: one a device. They
+    take ``devices``, if there are any, in turn, this one the first.
 
     They share the processors, and are given the options of this command line: no file of the run decides what they do.
     One that fails is told of, and the search goes on without it. Models are verified when they have ended.
-
-    Raises:
-        ConfigError: not a number of processes, or too few for the devices.
     """
-    workers = len(devices) if workers is None else workers
-    if workers < len(devices):
-        raise ConfigError(
-            f"workers must be at least {len(devices)}, not {workers}"
-            + (": every device needs a process; leave workers out" if len(devices) > 1 else "")
-        )
+    workers = max(1, len(devices)) if workers is None else workers
     others = Others(run_dir / "workers")
     if workers == 1:
         yield others
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     command = [sys.executable, "-m", "prunefront", "worker", *_overrides(run_dir)]
-    on_each = [[f"devices=[{device}]"] if device != CPU else [] for device in devices]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     others.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, _threads(threads):
@@ -84,7 +72,7 @@ def beside(workers: int | None, run_dir: Path, devices: Sequence[str]) -> Iterat
             log = files.enter_context((others.folder / f"{number}.log").open("wb"))
             # A session of their own: Ctrl-C reaches them through this process, once.
             started = subprocess.Popen(
-                [*command, *on_each[number % len(devices)]],
+                [*command, *([f"devices=[{devices[number % len(devices)]}]"] if devices else [])],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

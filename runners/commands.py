@@ -33,11 +33,12 @@ from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
 from ..spaces.calibration import precision
+from ..spaces.devices import CPU
 from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .beside import beside
-from .devices import CPU, devices_of, placed
+from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .overrides import to_be_repeated
@@ -60,7 +61,9 @@ def search(config: DictConfig) -> float:
     budget = chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)  # a typing error is told before a model is trained
     devices = devices_of(config)
-    task = placed(make_task(config), devices[0])
+    task = placed(make_task(config), devices[0] if devices else None)
+    if task.device == CPU and not devices and torch.cuda.is_available():
+        console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
     result = searched(config, budget, task, run_dir, config.start)
     show_result(result, task, read_run(run_dir)["dense"])
     return result.best.metrics["score"]
@@ -85,8 +88,6 @@ def searched(
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir, start)
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
-    if task.device == CPU and torch.cuda.is_available():
-        console.print("the processor runs the models; for the GPU: devices=[cuda:0]", style="dim", highlight=False)
     timing, latency = timing_of(config), None
     if "latency" in budget:
         if timing is None:
@@ -252,7 +253,8 @@ def prepare(
 
 
 def kept_model(folder: Path, task: Task, start: str | Path | None) -> nn.Module:
-    """The dense model from the run's folder: all processes map the same file, so that memory holds its weights once."""
+    """The dense model from the run's folder: on the processor all processes map the same file, so that memory holds its
+    weights once."""
     try:
         return load_with(folder, task.make_model).to(task.device)
     except StorageError:

@@ -13,7 +13,7 @@ from ..search.saved import METRICS, read_json, write_json
 from ..spaces import Cost
 from ..spaces.errors import ConfigError
 from .commands import chosen_budget, discover_for, make_task, output_folder, searched
-from .devices import placed
+from .devices import placed, use_device
 from .display import console, finetuned_table, show_load
 from .finetuning.command import trained
 from .runs import read_run
@@ -33,6 +33,7 @@ def command(config: DictConfig) -> None:
             "rounds run in one process on one device=, with a journal each: leave workers, devices and storage to "
             "prunefront search"
         )
+    use_device(config.device)
     run_dir, budget = output_folder(), chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1))
     task = placed(make_task(config), config.device)

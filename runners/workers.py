@@ -10,7 +10,7 @@ from ..search.engine import work
 from ..search.latency import LatencyModel, Measurements
 from ..search.saved import METRICS, read_json
 from ..spaces import Space
-from ..spaces.errors import StorageError
+from ..spaces.errors import ConfigError, StorageError
 from .commands import LATENCY_FILE, chosen_budget, make_task, prepare, search_options, timing_of
 from .devices import devices_of, placed
 from .display import console, errors
@@ -18,8 +18,10 @@ from .display import console, errors
 
 def command(config: DictConfig) -> None:
     """Join a search that another process has begun, from this machine or another, until it is over."""
-    run_dir = Path(config.run_dir)
-    task = placed(make_task(config), devices_of(config)[0])
+    run_dir, devices = Path(config.run_dir), devices_of(config)
+    if len(devices) > 1 or config.workers not in (None, 1):
+        raise ConfigError("a worker is one process on one device: start one for each, without workers=")
+    task = placed(make_task(config), devices[0] if devices else None)
     if task.trains and not (run_dir / "dense" / METRICS).exists():
         raise StorageError(
             f"{run_dir / 'dense'} is missing: the task trains its model, so copy that folder of the search"

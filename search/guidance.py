@@ -9,6 +9,7 @@ from torch import nn
 
 from ..spaces import Space
 from ..spaces.calibration import Calibration, precision
+from ..spaces.devices import Moved
 from ..spaces.errors import ConfigError
 from .candidates import Score
 from .scores import Fidelity, SampleScore, parts_of
@@ -51,6 +52,7 @@ def guidance(space: Space, score: Score | None, guide: str, autocast: torch.dtyp
 def _fidelity(dense: nn.Module, data: SampleScore | Calibration | None, autocast: torch.dtype | None) -> Fidelity:
     if data is None:
         raise ConfigError("guide=fidelity needs inputs: a SampleScore as score=, or calibration=")
-    parts = parts_of(list(data.batches), GUIDE_SAMPLES)
+    held = data.batches.batches if isinstance(data.batches, Moved) else data.batches  # only what is drawn is moved
+    parts = parts_of(list(held), GUIDE_SAMPLES)
     with precision(dense, autocast):
         return Fidelity(dense, parts, data.arguments)

@@ -58,6 +58,8 @@ class Entry:
     #: Folder of the saved model, for :func:`prunefront.load`.
     path: Path
     build: Callable[[], nn.Module] = field(repr=False, compare=False)
+    #: Whether the plan is that of the trial: on another device near-ties among units may fall differently.
+    is_of_trial: bool = field(default=True, repr=False)
 
     def model(self) -> nn.Module:
         """Build the pruned model, thoroughly repaired."""
@@ -148,7 +150,7 @@ class Judge:
             if not verification.holds(metrics):
                 return None
         is_as_before = self.candidates.tuning is None and not self.candidates.space.repairs_in_two_efforts
-        if self.guided.is_score and is_as_before:
+        if self.guided.is_score and is_as_before and entry.is_of_trial:
             return self._saved(replace(entry, metrics={**metrics, "score": metrics["guide"]}), candidate)
         try:
             metrics["score"] = self.candidates.score(candidate, self.guided.score, "score")
@@ -250,7 +252,7 @@ def collect(
             "dense": described,
             "seconds": seconds,
             "sensitivity": sensitivity(candidates.space),
-            "machine": this_machine(),
+            "machine": this_machine(device_of(candidates.space.model)),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **_dense_latency(entries),
         },
@@ -278,12 +280,12 @@ def sensitivity(space: Space) -> dict[str, list[list[float]]]:
     return found
 
 
-def this_machine() -> dict[str, Any]:
-    """The processor and the versions that a run's numbers belong to."""
+def this_machine(device: torch.device) -> dict[str, Any]:
+    """The processor, the GPU on which the models lie, and the versions that a run's numbers belong to."""
     known = conditions()
     return {
         **{key: known[key] for key in ("cpu", "cores")},
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "optuna", "prunefront")},
     }
@@ -321,7 +323,7 @@ def _chosen(layers: list[list[FrozenTrial]], most: int) -> list[list[FrozenTrial
 
 
 def planned(space: Space, trial: FrozenTrial) -> Plan:
-    """The plan that a trial scored."""
+    """The plan that a trial scored, with the units that are most important here."""
     described = trial.user_attrs["plan"]
     return space.plan(described["widths"], described["criterion"])
 
@@ -331,7 +333,8 @@ def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
     plan = planned(candidates.space, trial)
     path = run_dir / "front" / f"trial{trial.number:04d}"
     metrics = _saved_metrics(path, plan) or {"guide": trial.values[0], **trial.user_attrs["costs"]}
-    return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"))
+    is_of_trial = plan.fingerprint == trial.user_attrs["plan"]["fingerprint"]
+    return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"), is_of_trial)
 
 
 def _read(entry: Entry, dense: nn.Module) -> nn.Module:

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..spaces.calibration import inputs_of
 from ..spaces.devices import device_of, moved
 from ..spaces.errors import ConfigError
-from ..spaces.inputs import Inputs, output_tensors
+from ..spaces.inputs import output_tensors
 from ..spaces.trace import evaluating
 
 #: What a dense model's outputs may take while they are kept for comparison.
@@ -52,17 +53,14 @@ class SampleScore:
 
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
+        batch = moved(self.batches[part], device_of(model))
         with evaluating(model), torch.inference_mode():
-            values = self.of_output(self._output(model, part), part)
+            values = self.of_output(inputs_of(batch, self.arguments).call(model), batch, part)
         return np.asarray(values.double().cpu().numpy())
 
-    def of_output(self, output: Any, part: int) -> torch.Tensor:
-        return self._value(output, self.batches[part])
-
-    def _output(self, model: nn.Module, part: int) -> Any:
-        """What ``model`` answers, computed where it is and brought to the CPU."""
-        inputs = inputs_of(self.batches[part], self.arguments).to(device_of(model))
-        return moved(inputs.call(model), "cpu")
+    def of_output(self, output: Any, batch: Any, part: int) -> torch.Tensor:
+        """``batch``: that of ``part``, where the model lies."""
+        return self._value(output, batch)
 
     def in_parts(self, samples: int | None = None, seed: int = 0) -> SampleScore:
         """The same on ``samples`` drawn at random, in parts of which the first is a tenth."""
@@ -92,14 +90,16 @@ class Fidelity(SampleScore):
             raise ConfigError(f"unknown measure of fidelity {measure!r}; expected one of {', '.join(MEASURES)}")
         super().__init__(batches, lambda output, _: output, arguments)
         with evaluating(dense), torch.inference_mode():
-            outputs = [self._output(dense, part) for part in range(len(self.batches))]
+            device = device_of(dense)
+            outputs = [inputs_of(moved(batch, device), arguments).call(dense) for batch in self.batches]
         self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"
         held = [self._rows(output) for output in outputs]
         self._scale = 1 / max(float(np.mean([float(rows.var(unbiased=False)) for rows in held])), 1e-12)
         self._dense = [rows.log_softmax(-1) for rows in held] if self.measure == "kl" else held
 
-    def of_output(self, output: Any, part: int) -> torch.Tensor:
-        rows, dense = self._rows(output), self._dense[part]
+    def of_output(self, output: Any, batch: Any, part: int) -> torch.Tensor:
+        rows = self._rows(output)
+        dense = self._dense[part].to(rows.device)
         if rows.shape != dense.shape:
             raise ValueError(f"the output has the shape {tuple(rows.shape)}, the dense one {tuple(dense.shape)}")
         if self.measure == "mse":
@@ -113,10 +113,6 @@ class Fidelity(SampleScore):
         rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
         return rows[:, :: -(-rows.shape[1] // room)]
-
-
-def inputs_of(batch: Any, arguments: int) -> Inputs:
-    return Inputs.of(tuple(batch[:arguments]) if isinstance(batch, tuple | list) else batch)
 
 
 def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:

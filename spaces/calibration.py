@@ -64,7 +64,8 @@ class Calibration:
             raise CalibrationError("calibration has no batches; pass at least one")
 
     def on(self, device: torch.device) -> Calibration:
-        return replace(self, batches=batches_on(self.batches, device))
+        batches = batches_on(self.batches, device)
+        return self if batches is self.batches else replace(self, batches=batches)
 
     def inputs(self, batch: Any) -> Inputs:
         return inputs_of(batch, self.arguments)

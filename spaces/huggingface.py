@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .devices import device_of
 from .groups import Group, Kept, Structure
 
 #: Configuration keys by the kinds of the groups whose widths multiply to them.
@@ -38,8 +39,7 @@ def from_config(model: nn.Module) -> nn.Module:
     config = config_of(model)
     if config is None:
         return model
-    device = next(model.parameters()).device
-    with torch.device(device):
+    with torch.device(device_of(model)):
         return type(model)(copy.deepcopy(config)).eval()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copying import copy_model
-from .devices import device_of
+from .devices import all_cuda_devices, device_of
 from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
@@ -247,7 +247,7 @@ _SURROGATES = {
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The tensors that ``model`` returns in evaluation mode, with the same random numbers every time."""
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=all_cuda_devices()):
         torch.manual_seed(0)
         return output_tensors(Inputs.of(example_inputs).call(model))
 

@@ -23,7 +23,7 @@ from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
 from ..commands import make_task, plain, prepare
-from ..devices import placed
+from ..devices import placed, use_device
 from ..display import console, show_load
 from ..exporting.huggingface import check_uniform, export_huggingface
 from ..finetuning import Finetuned, Recipe, finetune
@@ -48,6 +48,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError("the figure is of perplexity; leave task.score as it is")
     if config.check:
         return show_shape(config, shape)
+    use_device(config.device)
     run_dir = Path(config.run_dir)
     task = placed(make_task(config), config.device)
     space, dense = prepare(task, config, run_dir)

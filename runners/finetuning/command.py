@@ -13,7 +13,7 @@ from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
 from ..commands import instantiated, make_task, plain
-from ..devices import check_device
+from ..devices import use_device
 from ..display import console, errors, finetuned_table, show_load
 from ..picking import picks
 from ..report import write_report
@@ -63,7 +63,7 @@ def trained(
             "the task has no training split to fine-tune on; set task.training._target_=my_module.loader"
             " and task.loss=my_module.loss"
         )
-    check_device(config.device)
+    use_device(config.device)
     teacher = load_with(run_dir / DENSE, task.make_model).to(config.device) if recipe.needs_dense else None
     done: dict[str, Finetuned] = {}
     for pick in names:

@@ -26,7 +26,7 @@ from ...spaces.inputs import Inputs
 from . import randomness
 from .distillation import Loss, Objective
 from .domains import make_loading
-from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, check_identity, memory_format, on_device, scored
+from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, batch_on, check_identity, memory_format, scored
 from .recipe import Recipe
 from .sparsity import make_penalty
 
@@ -102,7 +102,7 @@ def finetune(
             return _finished(directory, identity, model)
         calibration = None
         if batch_norms(model):
-            batches = [on_device(batch, device, memory_format(model)) for batch in _some_batches(epochs, recipe.seed)]
+            batches = [batch_on(batch, device, memory_format(model)) for batch in _some_batches(epochs, recipe.seed)]
             calibration = Calibration(batches, autocast=autocast)
         loading = make_loading(training, recipe.domains, loss, teacher, recipe.autocast, recipe.seed)
         data = Data(epochs, identity["batches"], calibration, score, autocast, loading)
@@ -226,9 +226,8 @@ def _finished(directory: Path, identity: Mapping[str, Any], model: nn.Module) ->
     metrics = read_json(directory / METRICS)
     check_identity(directory, metrics.get("identity", {}), dict(identity))
     logger.warning("%s is finished already; nothing is trained", directory)
-    return Finetuned(
-        load(directory, model), {key: value for key, value in metrics.items() if key != "identity"}, directory
-    )
+    found = load(directory, model).to(device_of(model))
+    return Finetuned(found, {key: value for key, value in metrics.items() if key != "identity"}, directory)
 
 
 def _tested(model: nn.Module, test: Score, autocast: torch.dtype | None) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from ...search.candidates import Score, checked_score
 from ...spaces.calibration import Calibration, inputs_of, precision, recalibrate
 from ...spaces.copying import copy_model
+from ...spaces.devices import device_of, moved
 from ...spaces.errors import FinetuneError
 from ...spaces.surgery import tensors_of
 from . import randomness
@@ -82,7 +83,7 @@ class Loop:
         self.penalty = penalty
         self.model, self.recipe, self.data, self.objective = model, recipe, data, objective
         self.checkpoint, self.identity, self.callbacks = checkpoint, identity, callbacks
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.memory_format = memory_format(model)
         self.average = copy_model(model) if recipe.ema else None
         self.optimizer = make_optimizer(model, recipe)
@@ -166,7 +167,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        batch = on_device(batch, self.device, self.memory_format)
+        batch = batch_on(batch, self.device, self.memory_format)
         inputs = inputs_of(batch)
         self.optimizer.zero_grad()
         with precision(self.model, self.recipe.autocast):
@@ -324,15 +325,14 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     return torch.channels_last if is_image_model else torch.preserve_format
 
 
-def on_device(batch: Any, device: torch.device, format: torch.memory_format) -> Any:
+def batch_on(batch: Any, device: torch.device, format: torch.memory_format) -> Any:
     """The tensors of ``batch`` on ``device``, images in ``format``."""
 
-    def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf.to(device, non_blocking=True, memory_format=format if leaf.dim() == 4 else torch.preserve_format)
+    def formatted(leaf: Any) -> Any:
+        is_image = isinstance(leaf, torch.Tensor) and leaf.dim() == 4
+        return leaf.to(memory_format=format) if is_image else leaf
 
-    return tree_map(moved, batch)
+    return tree_map(formatted, moved(batch, device))
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...spaces.devices import all_cuda_devices
+
 
 def seed_all(*numbers: int) -> None:
     value = seed_of(*numbers)
@@ -44,9 +46,10 @@ def restore(device: torch.device, tensors: dict[str, torch.Tensor], values: dict
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """The generators are afterwards as they were."""
+    """The generators, those of all devices too, are afterwards as they were."""
     before = state(device)
     try:
-        yield
+        with torch.random.fork_rng(devices=all_cuda_devices()):
+            yield
     finally:
         restore(device, *before)

@@ -82,12 +82,17 @@ def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> Non
 
 
 @contextlib.contextmanager
-def exported(models: Sequence[nn.Module], inputs: Inputs, traced: bool = False) -> Iterator[list[Path]]:
-    """The models as ONNX files in a folder that is removed afterwards."""
+def exported(
+    models: Sequence[nn.Module], inputs: Inputs, traced: bool = False, dtype: torch.dtype | None = None
+) -> Iterator[list[Path]]:
+    """The models as ONNX files in a folder that is removed afterwards; with weights and inputs of ``dtype``."""
     with tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
         paths = [Path(folder) / f"model{index}.onnx" for index in range(len(models))]
         for model, path in zip(models, paths, strict=True):
-            export_onnx(*on_device(model, inputs, "cpu"), path, traced)
+            model, here = on_device(model, inputs, "cpu")
+            if dtype is not None:
+                model = copy_model(model).to(dtype)
+            export_onnx(model, in_type(here, dtype), path, traced)
         yield paths
 
 
@@ -96,6 +101,11 @@ def on_device(model: nn.Module, inputs: Inputs, device: str) -> tuple[nn.Module,
     if any(tensor.device != torch.empty(0, device=device).device for tensor in model.state_dict().values()):
         model = copy_model(model).to(device)
     return model, inputs.to(device)
+
+
+def in_type(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """``inputs`` with floating-point numbers of ``dtype``; None: as they are."""
+    return inputs.map(lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf)
 
 
 def named_arrays(inputs: Inputs) -> dict[str, NDArray[Any]]:

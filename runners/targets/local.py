@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,11 @@ from torch import nn
 from ...search import protocol
 from ...search.measurement import Settings
 from ...spaces.copying import copy_model
-from ...spaces.errors import TargetError
+from ...spaces.devices import CPU, check_device
+from ...spaces.errors import ConfigError, TargetError
 from ...spaces.inputs import Inputs
 from . import runtimes
-from .exporting import OutputsDiffer, check_outputs, exported, named_arrays, on_device
+from .exporting import OutputsDiffer, check_outputs, exported, in_type, named_arrays, on_device
 from .process import Answer, read_answer, run_in_group, write_task
 
 logger = logging.getLogger(__name__)
@@ -42,27 +42,26 @@ class TorchTarget:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        if self.device != "cpu" and not self._is_cuda:  # others would be timed before they are done
-            raise TargetError(f"target=torch times cpu, cuda, cuda:0, ..., not target.device={self.device}")
-        if self._is_cuda and not torch.cuda.is_available():
-            raise TargetError("target.device=cuda: torch sees no CUDA device; use target.device=cpu")
-        if self._is_cuda and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
-            raise TargetError(f"target.device={self.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+        try:
+            check_device(self.device)  # others would be timed before they are done
+        except ConfigError as error:
+            raise TargetError(f"target.device={self.device}: {error}") from error
 
     @property
     def _is_cuda(self) -> bool:
-        return re.fullmatch(r"cuda(:\d+)?", self.device) is not None
+        return self.device != CPU
 
     @property
     def description(self) -> Mapping[str, Any]:
-        gpu = {"gpu": torch.cuda.get_device_name(self.device)} if self._is_cuda else {}
-        return {"target": "torch", "version": torch.__version__, **asdict(self), **gpu}
+        return {"target": "torch", "version": torch.__version__, **asdict(self)}
 
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
         facts = {**protocol.conditions(), "runtime": "torch", **dict(self.description)}
         facts["threads"] = self.threads or torch.get_num_threads()
+        if self._is_cuda:
+            facts["gpu"] = torch.cuda.get_device_name(self.device)
         current = torch.cuda.device(self.device) if self._is_cuda else contextlib.nullcontext()
         with torch_threads(self.threads), torch.inference_mode(), current:
             runs = [self._run(model, inputs) for model in models]
@@ -70,9 +69,11 @@ class TorchTarget:
         return samples, facts | load
 
     def _run(self, model: nn.Module, inputs: Inputs) -> Callable[[], float | None]:
+        given = model
         model, inputs = on_device(model, inputs, self.device)
         if self.channels_last:
-            model = copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            own = copy_model(model) if model is given else model
+            model = own.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             inputs = inputs.map(_channels_last)
         forward: Any = torch.compile(model, dynamic=False) if self.compile else model
         dtype = PRECISIONS[self.precision]
@@ -140,6 +141,11 @@ class OnnxTarget:
         """Of :func:`.runtimes.load`."""
         return {"threads": self.threads, "precision": self.precision, "device": self.device}
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Of the exported model: TensorRT computes in the types of the file; others are told what to compute in."""
+        return PRECISIONS[self.precision] if self.runtime == "tensorrt" else None
+
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
@@ -152,9 +158,10 @@ class OnnxTarget:
     def _times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings, traced: bool
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs, traced) as paths:
+        with exported(models, inputs, traced, self._dtype) as paths:
             folder = paths[0].parent
-            write_task(folder, paths, named_arrays(inputs), self.runtime, self.options, settings)
+            arrays = named_arrays(in_type(inputs, self._dtype))
+            write_task(folder, paths, arrays, self.runtime, self.options, settings)
             answer = self._ask(folder, len(models))
         for model, outputs in zip(models, answer.outputs, strict=True):
             check_outputs(model, inputs, outputs, self.precision, self.runtime)

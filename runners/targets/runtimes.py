@@ -64,14 +64,15 @@ def load_tensorrt(path: str, inputs: Arrays, threads: int | None, precision: str
 
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
-    network = builder.create_network(0)
+    # Types are those of the file. TensorRT 11 knows nothing else, and ignores the flag.
+    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(path):
         raise RuntimeError(f"TensorRT cannot read the model: {parser.get_error(0)}")
-    config = builder.create_builder_config()
-    if precision == "float16":
-        config.set_flag(tensorrt.BuilderFlag.FP16)
-    engine = tensorrt.Runtime(logger).deserialize_cuda_engine(builder.build_serialized_network(network, config))
+    built = builder.build_serialized_network(network, builder.create_builder_config())
+    if built is None:
+        raise RuntimeError("TensorRT cannot build an engine of the model; its messages are above")
+    engine = tensorrt.Runtime(logger).deserialize_cuda_engine(built)
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     given = [name for name in names if engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT]

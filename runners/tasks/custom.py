@@ -9,6 +9,7 @@ import torch
 from hydra.utils import get_method
 from torch import nn
 
+from ...spaces.devices import device_of
 from ...spaces.errors import ConfigError
 from .base import Task
 
@@ -49,6 +50,7 @@ def custom(
         test=None if test is None else _function(test, "test"),
         score_name=score_name,
         autocast=None if autocast is None else _dtype(autocast),
+        device=str(device_of(model)),
     )
 
 

@@ -130,7 +130,7 @@ def test_models_that_were_fine_tuned_outlive_a_longer_search(run, tiny):
         (["finetune.lr=0"], "finetune.lr must be above 0"),
         (["finetune.lr=1e30"], "is not finite|loss is (nan|inf)|no longer finite"),
         (["finetune.distill.weight=2"], "distill.weight must be from 0 to 1"),
-        (["device=warp"], "device warp cannot be used"),
+        (["device=warp"], "device warp is not known"),
     ],
 )
 def test_mistakes_get_an_error_without_a_traceback(run, capfd, arguments, expected):

@@ -83,7 +83,7 @@ def test_the_shapes_of_the_paper_can_be_had_from_llama_2(capsys, hidden, layers,
         (["space.kinds=[neuron]"], "shape.hidden must mean one dimension"),
         (["task.score=accuracy"], "perplexity"),
         (["shape.hidden=1000"], "1..32"),
-        (["device=nowhere"], "device nowhere"),
+        (["device=nowhere"], "device nowhere is not known"),
     ],
 )
 def test_mistakes(run, capsys, options, told):

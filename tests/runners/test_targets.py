@@ -239,13 +239,26 @@ def test_what_a_target_cannot_do_is_told_with_what_to_do(tmp_path):
     with pytest.raises(TargetError, match="unknown precision"):
         TorchTarget(precision="int3")
     if not torch.cuda.is_available():
-        with pytest.raises(TargetError, match="no CUDA device"):
+        with pytest.raises(TargetError, match="sees no CUDA device"):
             TorchTarget(device="cuda")
     try:
         import tensorrt  # noqa: F401
     except ImportError:
         with pytest.raises(TargetError, match="needs the runtime"):
             measure(Net(4), INPUTS, OnnxTarget("tensorrt"), settings=QUICK)
+
+
+def test_models_for_tensorrt_have_the_types_that_they_shall_compute_in(tmp_path):
+    import onnxruntime
+
+    model, inputs = Net(8).eval(), Inputs.of(INPUTS)
+    with exporting.exported([model], inputs, traced=True, dtype=torch.float16) as paths:
+        session = onnxruntime.InferenceSession(paths[0], providers=["CPUExecutionProvider"])
+    assert {value.type for value in session.get_inputs()} == {"tensor(float16)"}
+    arrays = exporting.named_arrays(exporting.in_type(inputs, torch.float16))
+    outputs = session.run(None, {value.name: arrays[value.name] for value in session.get_inputs()})
+    assert outputs[0].dtype == "float16" and model.first.weight.dtype == torch.float32
+    exporting.check_outputs(model, inputs, outputs, "float16", "onnxruntime")
 
 
 def test_a_branch_that_data_decide_is_traced_as_the_inputs_take_it():

@@ -61,11 +61,12 @@ class Ended:
 @pytest.mark.parametrize(
     ("workers", "devices", "expected"),
     [
-        (None, ["cpu"], []),
-        (3, ["cpu"], ["", ""]),
+        (None, [], []),
+        (3, [], ["", ""]),
+        (3, ["cuda"], ["devices=[cuda]"] * 2),
         (None, ["cuda:0", "cuda:1"], ["devices=[cuda:1]"]),
         (4, ["cuda:0", "cuda:1"], ["devices=[cuda:1]", "devices=[cuda:0]", "devices=[cuda:1]"]),
-        (None, ["cuda:0", "cpu"], [""]),
+        (None, ["cuda:0", "cpu"], ["devices=[cpu]"]),
     ],
 )
 def test_processes_take_devices_in_turn(tmp_path, monkeypatch, workers, devices, expected):
@@ -81,9 +82,15 @@ def test_processes_take_devices_in_turn(tmp_path, monkeypatch, workers, devices,
 def test_devices_that_cannot_be_used_are_told_before_the_search(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["search", *TASK, "devices=[warp]", "run_dir=runs/a"]) == 1
-    assert "the device warp cannot be used here" in capsys.readouterr().err
+    assert "the device warp is not known" in capsys.readouterr().err
+    assert main(["search", *TASK, "devices=[cuda:9]", "run_dir=runs/a"]) == 1
+    assert "the device cuda:9 cannot be used here" in capsys.readouterr().err
     assert main(["search", *TASK, "devices=[cpu,cpu]", "workers=1", "run_dir=runs/a"]) == 1
-    assert "every device needs a process" in capsys.readouterr().err
+    assert (
+        "there are 2 devices, and each needs a process" in capsys.readouterr().err and not Path("runs/a/dense").exists()
+    )
+    assert main(["worker", "runs/none", *TASK, "devices=[cpu,cpu]"]) == 1
+    assert "one process on one device" in capsys.readouterr().err
     assert main(["rounds", *TASK[:-1], "devices=[cpu]", "run_dir=runs/a"]) == 1
     assert "leave workers, devices and storage" in capsys.readouterr().err
 
