@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(name, config_name, prepare_overrides(name, rest), debug)
     except PrunefrontError as error:
         return _report_error(error, debug)
+    except BrokenPipeError:
+        return _output_is_closed()
     except KeyboardInterrupt:
         errors.print(
             "interrupted; what is finished is kept: search on with resume=<run>, fine-tune with the same command",
@@ -107,6 +109,8 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
         try:
             check_complete(config, f"prunefront {name}", COMMANDS[name][1])
             return command(config)
+        except BrokenPipeError:
+            _output_is_closed()
         except PrunefrontError as error:
             failed.append(_report_error(error, debug))
             if os.getpid() != own_process:  # of a launcher, which tells this one
@@ -135,6 +139,12 @@ def _called_with(arguments: list[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _output_is_closed() -> int:
+    """The reader of a pipe, such as head, has seen enough: nothing else is written, at Python's end neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _report_error(error: PrunefrontError, debug: bool) -> int:

@@ -28,6 +28,7 @@ from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
 from ..search.progress import SearchProgress
+from ..search.samplers import check_sampler
 from ..search.saved import METRICS, load_with, read_json, save_model, write_json
 from ..search.stairs import Stairs, override
 from ..search.timing import Timing
@@ -41,6 +42,7 @@ from .beside import beside
 from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
+from .modules import look_in_current_folder
 from .overrides import to_be_repeated
 from .report import write_report
 from .runs import read_run
@@ -59,7 +61,7 @@ def search(config: DictConfig) -> float:
     """Search within a budget or along the front, and save the models that were found."""
     run_dir = output_folder()
     budget = chosen_budget(config)
-    parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)  # a typing error is told before a model is trained
+    check_early(config, budget)
     devices = devices_of(config)
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
@@ -67,6 +69,22 @@ def search(config: DictConfig) -> float:
     result = searched(config, budget, task, run_dir, config.start)
     show_result(result, task, read_run(run_dir)["dense"])
     return result.best.metrics["score"]
+
+
+def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
+    """What can be wrong without a model is told before one is trained.
+
+    Raises:
+        ConfigError, BudgetError, StorageError: see their messages.
+    """
+    parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)
+    if "latency" in budget and "_target_" not in config.target:
+        raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
+    if isinstance(config.sampler, str):
+        check_sampler(config.sampler, config.mode == "front")
+    for run in config.warm_start:
+        if not Path(run).is_dir():
+            raise StorageError(f"warm_start: {run} does not exist; expected the folder of a run")
 
 
 def output_folder() -> Path:
@@ -90,8 +108,7 @@ def searched(
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
     timing, latency = timing_of(config), None
     if "latency" in budget:
-        if timing is None:
-            raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
+        assert timing is not None  # checked early
         with console.status("measuring latency"):
             near = budget if config.mode == "budget" else None
             latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
@@ -212,8 +229,7 @@ def timing_of(config: DictConfig) -> Timing | None:
 
 def make_task(config: DictConfig) -> Task:
     """Raises ConfigError for whatever keeps the task from being made."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # for the user's own modules, as `python -m` has it
+    look_in_current_folder()
     task = instantiated(config.task, "task", ConfigError)
     if not isinstance(task, Task):
         raise ConfigError(f"task._target_ must make a prunefront Task, not {type(task).__name__}")

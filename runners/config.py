@@ -333,6 +333,7 @@ class Export:
     path: str | None = None
     dynamic_batch: bool = True
     licence: str = "not given"
+    modules: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -16,6 +16,8 @@ from ..spaces.errors import ConfigError
 
 #: Hydra's words for a key that no schema has.
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
+#: And for a single value where a list belongs.
+_NO_LIST = re.compile(r"Error merging override (\w+)=[\s\S]*is not a ListConfig")
 
 
 def check_complete(config: DictConfig, command: str, example: str) -> None:
@@ -35,6 +37,9 @@ def explained(error: Exception, command: str, config_name: str, overrides: Seque
         nearest = _nearest(key, list(_keys(_composed(config_name, overrides))))
         text = f"{command} has no option {key}" + (f"; did you mean {nearest}?" if nearest else "")
         text += f" ({command} --help shows all)"
+    if listed := _NO_LIST.search(text):
+        given = next((text for text in overrides if text.startswith(f"{listed[1]}=")), f"{listed[1]}=...")
+        text = f"{listed[1]} takes a list: '{listed[1]}=[{given.partition('=')[2]}]'"
     return ConfigError(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ OPEN_KEYS = (
     *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
     *("task.config.", "task.train.", "task.search.", "task.test."),
 )
+FLAGS = ("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra")
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
 
@@ -32,6 +34,8 @@ BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classificat
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
+    if dashed := next((re.match(r"--([a-z_][\w.]*)", text) for text in overrides if _is_foreign(text)), None):
+        raise ConfigError(f"options are written without dashes: {dashed[1]}=...")
     if name in POSITIONAL:
         overrides = _with_runs(name, overrides)
     if "--json" in overrides:
@@ -55,6 +59,12 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     # Hydra's parser wants all overrides in one piece.
     overrides.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+
+
+def _is_foreign(text: str) -> bool:
+    """Whether it is an option as other programs have them, with dashes, and no flag of ours or Hydra's."""
+    name = text.partition("=")[0]
+    return re.fullmatch(r"--[a-z_][\w.]*", name) is not None and name not in FLAGS
 
 
 def _with_runs(name: str, overrides: list[str]) -> list[str]:
@@ -120,8 +130,13 @@ def _of_the_search(overrides: Sequence[str]) -> list[str]:
 
 def _stored_overrides(run_dir: Path) -> list[str]:
     path = run_dir / ".hydra" / "overrides.yaml"
+    if not run_dir.is_dir():
+        raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not path.exists():
-        raise StorageError(f"{run_dir} is no run of the search command: it has no .hydra/overrides.yaml")
+        raise StorageError(
+            f"{run_dir} was not made by the search command (it has no .hydra/overrides.yaml), so that its task is not "
+            "known: name it, task=..., or go on in Python, with prunefront.search or prunefront.finetune"
+        )
     try:
         stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # YAML's and OmegaConf's errors have no common root

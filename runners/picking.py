@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ..search.budget import parse_budget
+from ..search.budget import LATENCY, parse_budget
 from ..spaces import Cost
 from ..spaces.errors import ConfigError, SearchError
 from .runs import DENSE, TUNED, dense_cost, own_overrides
 
 #: Options of a search that another search of the same model repeats.
-_OF_THE_MODEL = ("task", "space", "target")
+_OF_THE_MODEL = ("task", "space", "target", "tracker")
 
 Entry = Mapping[str, Any]
 
@@ -64,6 +64,12 @@ def versions(name: str, entries: Sequence[Entry]) -> list[Entry]:
 def within(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> list[Entry]:
     """Those of ``entries`` that hold the budget. Raises SearchError if there is none."""
     dense = run["dense"]
+    asked = [f"budget.{key}={value}" for key, value in budget.items()]
+    if LATENCY in budget and not any("latency_ms" in entry for entry in entries):
+        hint = "" if _has_target(run["path"]) else " target=onnxruntime"
+        raise SearchError(
+            f"no latency was measured for {run['path']}; search for one: {_search(run['path'], asked)}{hint}"
+        )
     limits = parse_budget(budget, dense_cost(dense), dense_ms=dense.get("latency_ms"))
 
     def holds(entry: Entry) -> bool:
@@ -72,13 +78,21 @@ def within(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[
 
     found = [entry for entry in entries if holds(entry)]
     if not found:
-        asked = [f"budget.{key}={value}" for key, value in budget.items()]
         raise SearchError(f"no model of {run['path']} holds the budget; search for one: {_search(run['path'], asked)}")
     return found
 
 
 def _search(run_dir: str, budget: Sequence[str]) -> str:
     """How to search for the budget with what the run has learnt; runs of the Python API have no options to repeat."""
-    kept = [text for text in own_overrides(Path(run_dir)) if text.partition("=")[0].partition(".")[0] in _OF_THE_MODEL]
-    task = shlex.join(kept) or "task=..."
+    kept = [text for text in own_overrides(Path(run_dir)) if _key(text).partition(".")[0] in _OF_THE_MODEL]
+    task = shlex.join(text.lstrip("+") for text in kept) or "task=..."
     return f"prunefront search {task} {' '.join(budget)} {shlex.quote(f'warm_start=[{run_dir}]')}"
+
+
+def _has_target(run_dir: str) -> bool:
+    return any(_key(text) == "target" for text in own_overrides(Path(run_dir)))
+
+
+def _key(override: str) -> str:
+    """Without Hydra's marks for keys that are added."""
+    return override.lstrip("+").partition("=")[0]

@@ -14,8 +14,8 @@ from ..spaces import Cost
 from ..spaces.errors import ConfigError
 from .commands import chosen_budget, discover_for, make_task, output_folder, searched
 from .devices import placed, use_device
-from .display import console, finetuned_table, show_load
-from .finetuning.command import trained
+from .display import console, errors, finetuned_table, show_load
+from .finetuning.command import got_worse, trained
 from .runs import read_run
 
 #: The costs that rounds approach, with their places in a cost.
@@ -53,6 +53,10 @@ def command(config: DictConfig) -> None:
         )
         rows[f"{folder.name}/{picked}"] = found.metrics
         start = found.path
+        if got_worse(found.metrics):
+            start = folder / "front" / picked
+            told = f"round {number} got worse by fine-tuning, which is left out: try a lower finetune.lr or more epochs"
+            errors.print(told, style="yellow", highlight=False, soft_wrap=True)
         write_json(run_dir / "rounds.json", {"dense": vars(dense), "rounds": history})
     console.print(finetuned_table(rows, read_run(run_dir / "round1")["dense"], task.score_name))
     show_load(str(start))

@@ -37,10 +37,16 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     Raises:
         StorageError: this is no finished run, or it is damaged.
     """
+    if not run_dir.is_dir():
+        raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not (run_dir / "space.json").exists():
-        raise StorageError(f"{run_dir} is no run of a search: it has no space.json")
+        inside = sorted(path.parent.name for path in run_dir.glob("*/space.json"))
+        named = f"; name one of those in it, such as {run_dir / inside[-1]}" if inside else ""
+        raise StorageError(f"{run_dir} is no run of a search: it has no space.json{named}")
     if not (run_dir / RESULT).exists():
-        raise StorageError(f"{run_dir} is no finished run: it has no {RESULT}; finish it with resume={run_dir}")
+        raise StorageError(
+            f"{run_dir} is no finished run: it has no {RESULT}; finish it with prunefront search resume={run_dir}"
+        )
     result, space = read_json(run_dir / RESULT), read_json(run_dir / "space.json")
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():

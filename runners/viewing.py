@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..search.saved import METRICS, RESULT, read_json, read_plan
-from ..spaces.errors import ConfigError, SearchError, StorageError
+from ..spaces.errors import SearchError, StorageError
 from .check import check_model
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
+from .modules import import_modules
 from .picking import best, given_limits, picked, picks, within
 from .report import write_report
 from .runs import (
@@ -127,10 +127,6 @@ def finished_runs(folder: Path) -> list[Path]:
 
 def load_check(config: DictConfig) -> None:
     """Load a saved model as a stranger would, and compare it with what was written down about it."""
-    for module in config.modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"modules: cannot import {module}: {error}") from error
+    import_modules(config.modules)
     for line in check_model(Path(config.run)):
         console.print(f"[green]ok[/] {line}", soft_wrap=True)

@@ -97,6 +97,8 @@ def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
         raise BudgetError(
             f"budget {key}={text!r} is less than one; write {key}={share} for a share of the dense model's"
         )
+    if match[2] == "%" and number > 100:
+        raise BudgetError(f"budget {key}={text!r} is more than the dense model has; give at most 100%")
     limit = number / 100 * dense if match[2] == "%" else number * units[match[2]] * scale
     if limit <= 0:
         raise BudgetError(f"budget {key}={text!r} must be positive")
@@ -111,5 +113,10 @@ def check_reachable(space: Space, limits: Limits) -> None:
         if smallest[column] > limits.values[column]:
             raise BudgetError(
                 f"budget {key}<={limits.values[column]:,.0f}: the smallest candidate in this space has "
-                f"{smallest[column]:,.0f}; raise the limit or lower round_to"
+                f"{smallest[column]:,.0f}; "
+                + (
+                    f"was {limits.values[column]:g}% meant?"
+                    if limits.values[column] <= 100
+                    else "raise the limit or lower round_to"
+                )
             )

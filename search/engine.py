@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from torch import nn
 
@@ -27,6 +29,7 @@ from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
+from ..spaces.trace import evaluating
 from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget
 from .candidates import Candidates, Score
 from .front import non_dominated
@@ -36,7 +39,7 @@ from .liveness import WORKER, this_process
 from .problem import CRITERION, LATENCY_MS, SHARES, Problem, objective_of
 from .progress import SearchProgress
 from .racing import Raced
-from .result import PARTLY, Judge, Judging, Result, Verification, collect
+from .result import PARTLY, Judge, Judging, Result, Verification, collect, known_dense
 from .samplers import make_sampler
 from .scores import SampleScore
 from .study import (
@@ -146,6 +149,7 @@ def search(
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
     prepared = _prepared(locals())
+    dense = prepared.scored_dense(score, dense)
     bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
         with bar or nullcontext():
@@ -199,8 +203,24 @@ class _Prepared:
         known = {} if problem.latency is None else {LATENCY_MS: problem.latency.dense_ms}
         return SearchProgress(n_trials, problem.objective, asdict(problem.space.dense_cost) | known)
 
+    def scored_dense(self, score: Score | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What is known of the dense model, with its score: one that fails is told before any trial.
+
+        Raises:
+            ConfigError: the score fails.
+        """
+        found = {**known_dense(self.store.run_dir), **(known or {})}
+        if score is None or "score" in found:
+            return found
+        candidates = self.run.candidates
+        try:
+            with evaluating(candidates.space.model):
+                return {**found, "score": candidates.score(candidates.space.model, score, "score")}
+        except Exception as error:
+            raise ConfigError(f"score fails on the dense model: {type(error).__name__}: {error}") from error
+
     def collected(
-        self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any] | None
+        self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any]
     ) -> Result:
         """The front, judged by this process while the others are done."""
         run, limits = self.run, self.run.problem.limits
@@ -225,6 +245,8 @@ class _Prepared:
 def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     """``given``: the arguments of :func:`search`. ``joins``: the search is another process's."""
     model, mode, budget, timing = given["model"], given["mode"], given["budget"] or {}, given["timing"]
+    if not isinstance(budget, Mapping):
+        raise ConfigError(f'budget must be a dictionary such as {{"macs": "50%"}}, not {budget!r}')
     check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"])
     inputs = Inputs.of(given["example_inputs"])
     if timing is not None:
@@ -234,7 +256,7 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     if not space.repairs_nothing_by_choice:
         check_calibration(model, space.calibration)
     guided = guidance(space, given["score"], given["guide"], given["autocast"])
-    run_dir = Path(given["run_dir"] or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    run_dir = _fresh_run_dir() if given["run_dir"] is None else Path(given["run_dir"])
     store = Store(run_dir, given["storage"])
     problem = Problem(space, limits, objective_of(budget), mode == "front", latency)
     header = _header(given, problem, guided, store)
@@ -256,6 +278,21 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
     run = _Run(problem, candidates, study, guided, earlier, joins)
     return _Prepared(run, store, inputs, timing, bool(budget))
+
+
+def _fresh_run_dir() -> Path:
+    """A folder named by the time, that no other search has."""
+    named = f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    for number in itertools.count(1):
+        run_dir = Path(named if number == 1 else f"{named}-{number}")
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _no_room(run_dir, error) from error
+        break
+    return run_dir
 
 
 def _space_of(given: Mapping[str, Any]) -> Space:
@@ -316,6 +353,8 @@ def check_options(mode: str, guide: str, n_trials: int, finalists: int | None, p
     if guide not in GUIDES:
         raise ConfigError(f"unknown guide {guide!r}; expected one of {', '.join(GUIDES)}")
     for name, value in {"n_trials": n_trials, "finalists": finalists, "patience": patience}.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
 
@@ -408,8 +447,10 @@ class _Run:
 
     def one(self) -> optuna.trial.FrozenTrial:
         with self.timer.part("ask"):
-            trial = self.study.ask(self.problem.distributions)
-            trial.set_user_attr(WORKER, self.process)
+            trial = self.study.ask()
+            trial.set_user_attr(WORKER, self.process)  # before the sampler thinks: whose it is shall be known if we die
+            for name, distribution in self.problem.distributions.items():
+                suggest(trial, name, distribution)
         try:
             values = self.evaluate(trial)
         except Exception as error:
@@ -468,6 +509,16 @@ class _Run:
         """The values by sample of the best candidate so far; along a front, of those that cost no more."""
         eligible = [raced for own, raced in self.samples if own <= cost or not self.problem.for_front]
         return max(eligible, key=lambda raced: raced.score).values if eligible else None
+
+
+def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
+    """Let the sampler choose the parameter."""
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    elif isinstance(distribution, FloatDistribution):
+        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    else:
+        raise TypeError(f"{name} has a distribution of a kind that no problem has: {distribution}")
 
 
 def _is_given(

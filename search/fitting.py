@@ -105,7 +105,10 @@ def fit_latency(
         model, limits = _fitted(space, held, budget)
     if not _is_good(model, limits, error):
         told = f"the latency model errs by {described_error(model)} after {len(held.measured)} measured plans"
-        logger.warning("%s, more than the wanted %.1f %%", told, 100 * error)
+        if max(model.error, model.error_near or 0.0) <= error:  # too few were measured near the budget to tell
+            logger.warning("%s, and how far off it is near the budget is not known; raise latency.most", told)
+        else:
+            logger.warning("%s, more than the wanted %.1f %%", told, 100 * error)
     return model
 
 

@@ -231,6 +231,8 @@ def collect(
         if entry is not None:
             entries.append(entry)
     told(wanted, wanted)
+    if not entries and judge.verification is None:
+        raise SearchError(f"none of {len(trials)} candidates can be scored or built; the warnings above say why")
     if not entries:
         raise SearchError(
             f"none of {len(trials)} candidates holds the latency budget when it is measured, or can be scored; search "
@@ -241,7 +243,7 @@ def collect(
     best = len(entries) - 1
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
-    described = judge.dense(dense or _known_dense(run_dir))
+    described = judge.dense(dense or {})
     seconds = dict(candidates.timer.seconds)
     write_json(
         run_dir / RESULT,
@@ -261,7 +263,7 @@ def collect(
     return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described)
 
 
-def _known_dense(run_dir: Path) -> dict[str, Any]:
+def known_dense(run_dir: Path) -> dict[str, Any]:
     """What an earlier session of the same run has found out about the dense model."""
     known: dict[str, Any] = read_json(run_dir / RESULT).get("dense", {}) if (run_dir / RESULT).exists() else {}
     return known

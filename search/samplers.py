@@ -29,12 +29,7 @@ def make_sampler(
     """
     if isinstance(sampler, BaseSampler):
         return sampler
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}, or an Optuna sampler")
-    if problem.for_front and sampler in SINGLE:
-        raise ConfigError(
-            f"sampler {sampler} has a single objective; with mode=front use surrogate, allocation, tpe, nsga2 or gp"
-        )
+    check_sampler(sampler, problem.for_front)
     surrogate = partial(SurrogateSampler, problem, seed, earlier.scored)
     makers: dict[str, Callable[[], BaseSampler]] = {
         "auto": surrogate,
@@ -48,3 +43,13 @@ def make_sampler(
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
     return makers[sampler]()
+
+
+def check_sampler(name: str, for_front: bool) -> None:
+    """Raises ConfigError for an unknown name, or a sampler that cannot serve the mode."""
+    if name not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}, or an Optuna sampler")
+    if for_front and name in SINGLE:
+        raise ConfigError(
+            f"sampler {name} has a single objective; with mode=front use surrogate, allocation, tpe, nsga2 or gp"
+        )

@@ -56,7 +56,13 @@ class SampleScore:
         batch = moved(self.batches[part], device_of(model))
         with evaluating(model), torch.inference_mode():
             values = self.of_output(inputs_of(batch, self.arguments).call(model), batch, part)
-        return np.asarray(values.double().cpu().numpy())
+        found = np.asarray(values.double().cpu().numpy())
+        if found.ndim != 1 or len(found) != _samples(batch):
+            raise ValueError(
+                f"a score by sample must give one number a sample, ({_samples(batch)},), not the shape "
+                f"{tuple(found.shape)}; for a mean over all samples pass a plain function of the model"
+            )
+        return found
 
     def of_output(self, output: Any, batch: Any, part: int) -> torch.Tensor:
         """``batch``: that of ``part``, where the model lies."""

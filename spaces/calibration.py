@@ -55,6 +55,15 @@ class Calibration:
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.batches, torch.Tensor):
+            raise CalibrationError("calibration is one tensor; pass a list of batches: list(tensor.split(256))")
+        if isinstance(self.batches, tuple) and all(isinstance(batch, torch.Tensor) for batch in self.batches):
+            raise CalibrationError("calibration is a tuple of tensors; pass a list of batches: [(images, labels)]")
+        if not isinstance(self.batches, Iterable):
+            raise CalibrationError(
+                f"calibration must be a DataLoader or a list of batches, not {type(self.batches).__name__}"
+                + ("; call it, and pass what it returns" if callable(self.batches) else "")
+            )
         if isinstance(self.batches, Iterator):
             raise CalibrationError(
                 "calibration is a generator, which is empty after one reading, and it is read again and again; "

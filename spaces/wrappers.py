@@ -27,6 +27,9 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ModelError: with what to do.
     """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
+        raise ModelError(f"model must be an instance of torch.nn.Module, not {what}")
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         for cls in type(module).__mro__:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from ...search.saved import METRICS, load, read_json, read_plan
 from ...spaces.errors import ConfigError
 from ..display import console, errors
+from ..modules import import_modules
 from ..picking import picks
 from ..runs import folder_of, models_of, read_run
 from .card import write_card
@@ -25,6 +26,7 @@ def command(config: DictConfig) -> None:
     known = [*FORMATS, HUGGINGFACE]
     if config.format not in known:
         raise ConfigError(f"format must be one of {', '.join(known)}, not {config.format!r}")
+    import_modules(config.modules)
     run_dir = Path(config.run)
     run = read_run(run_dir)
     for name in picks(run, config.pick, models_of(run)):

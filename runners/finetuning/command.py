@@ -33,7 +33,7 @@ def command(config: DictConfig) -> None:
     task = make_task(config)
     done = trained(config, task, run_dir, names)
     console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
-    if worse := [pick for pick, found in done.items() if _got_worse(found.metrics)]:
+    if worse := [pick for pick, found in done.items() if got_worse(found.metrics)]:
         told = f"{', '.join(worse)} got worse: try a lower finetune.lr or more epochs; what they were is preferred"
         errors.print(told, style="yellow", highlight=False, soft_wrap=True)
     for found in done.values():
@@ -41,7 +41,7 @@ def command(config: DictConfig) -> None:
     console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True, highlight=False)
 
 
-def _got_worse(metrics: Mapping[str, Any]) -> bool:
+def got_worse(metrics: Mapping[str, Any]) -> bool:
     """By the score on the search data, where there is one."""
     return {"score", "score_before"} <= metrics.keys() and metrics["score"] < metrics["score_before"]
 

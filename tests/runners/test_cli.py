@@ -175,11 +175,17 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["search", "task=custom", "task.model._target_=torch.nn.Nothing"], "torch.nn.Nothing"),
         (["search", "task=custom", "task.model._target_=torch.nn.Identity"], "task.example_inputs is not set"),
         (["search", "task=cifar_resnet", "task.data=nowhere"], "PRUNEFRONT_DATA"),
-        (["search", "resume=nowhere"], "no run of the search command"),
+        (["search", "resume=nowhere"], "nowhere does not exist"),
+        (["search", "--n_trials", "5"], "options are written without dashes: n_trials="),
+        (["search", "devices=cpu"], "devices takes a list: 'devices=[cpu]'"),
+        (["search", "warm_start=[nowhere]"], "warm_start: nowhere does not exist"),
+        (["search", "budget.macs=150%"], "more than the dense model has"),
+        (["search", "task.width=4", "task.epochs=1", "budget.macs=50"], "was 50% meant?"),
         (["search", "-m", "resume=nowhere"], "does not go with -m"),
-        (["front", "nowhere"], "no run of a search"),
+        (["front", "nowhere"], "nowhere does not exist"),
+        (["front", "."], "no run of a search"),
         (["load-check", "nowhere"], "does not exist"),
-        (["report", "nowhere"], "no run of a search"),
+        (["report", "nowhere"], "nowhere does not exist"),
         (["fornt"], "unknown command"),
     ],
 )
@@ -233,6 +239,18 @@ def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(in_tmp, capsys):
     assert repeated == [*own, "n_trials=6"]
     assert main(["search", "resume=a", *repeated]) == 0
     assert len(finished(read_study(in_tmp / "a"))) == 6
+    assert main(["export", "a", "format=safetensors", "modules=[own_module]"]) == 0
+    assert main(["load-check", "a", "modules=[own_module]"]) == 0
+    capsys.readouterr()
+    assert main(["pick", "a", "pick.macs=1%"]) == 1
+    advised = shlex.split(capsys.readouterr().err.partition("prunefront search ")[2])
+    assert sorted(advised) == sorted([*own, "tracker=none", "budget.macs=1%", "warm_start=[a]"])
+
+
+def test_a_reader_of_a_pipe_may_stop(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m prunefront rounds --help"
+    ended = subprocess.run(["sh", "-c", f"{command} | true"], capture_output=True, text=True, check=True)
+    assert not ended.stderr
 
 
 def test_load_check_finds_what_was_changed(digits_run, tmp_path, capsys):

@@ -30,6 +30,13 @@ def test_a_budget_that_nothing_holds_names_the_search_for_it(digits_run, capsys)
     assert "budget.macs=1%" in advice and f"warm_start=[{digits_run}]" in advice and "task" in advice
 
 
+def test_a_latency_that_was_not_measured_is_no_budget(digits_run, capsys):
+    for limit in ("5ms", "50%"):
+        assert main(["pick", str(digits_run), f"pick.latency={limit}"]) == 1
+        advice = capsys.readouterr().err
+        assert "no latency was measured" in advice and "target=onnxruntime" in advice
+
+
 def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys):
     assert main(["show", str(digits_run)]) == 0
     shown = capsys.readouterr().out

@@ -134,4 +134,6 @@ def test_bad_scores_are_refused():
         Fidelity(linear(0), [X])(linear(0, outputs=4))
     with pytest.raises(ValueError, match="not finite"):
         race(candidate(np.full(10, np.nan)), Counting(10), None)
+    with pytest.raises(ValueError, match="one number a sample"):
+        SampleScore([X], lambda output, _: output.mean())(linear(0))
     assert prunefront.Fidelity is Fidelity

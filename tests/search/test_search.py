@@ -14,9 +14,9 @@ from optuna.storages.journal import JournalFileBackend
 from torch import nn
 
 import prunefront
-from prunefront.search import scores
+from prunefront.search import liveness, scores
 from prunefront.search import study as study_module
-from prunefront.spaces.errors import CalibrationError, ConfigError, SearchError, StorageError
+from prunefront.spaces.errors import CalibrationError, ConfigError, ModelError, SearchError, StorageError
 
 CALIBRATION = [torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
 INPUTS = CALIBRATION[0][:1]
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_plans(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), torch.tensor(1.0), ValueError("no luck")])
 def test_a_failing_score_fails_its_trial_and_the_search_goes_on(tmp_path, bad):
-    answers = iter([bad])
+    answers = iter([None, bad])  # the dense model is scored first
 
     def score(model):
         answer = next(answers, None)
@@ -94,7 +94,29 @@ def test_a_failing_score_fails_its_trial_and_the_search_goes_on(tmp_path, bad):
 
 def test_a_search_stops_with_the_reason_when_all_trials_fail(tmp_path):
     with pytest.raises(SearchError, match="no luck"):
-        run(tmp_path, score=lambda model: [][0] if model is None else (_ for _ in ()).throw(ValueError("no luck")))
+        run(tmp_path, score=only_dense)
+
+
+def only_dense(model: nn.Module) -> float:
+    if model[0].out_channels < 8 or model[3].out_channels < 12:
+        raise ValueError("no luck")
+    return 1.0
+
+
+def test_a_score_that_fails_is_told_before_any_trial(tmp_path):
+    for wrong, told in (
+        (lambda model: torch.ones(1), "must return a number, not Tensor"),
+        (lambda model: 1 / 0, "zero"),
+    ):
+        with pytest.raises(ConfigError, match=f"score fails on the dense model.*{told}"):
+            run(tmp_path, score=wrong)
+    assert run(tmp_path).best  # nothing of it is left
+
+
+def test_searches_without_a_folder_have_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {run(None, n_trials=1).run_dir, run(None, n_trials=1).run_dir, run(None, n_trials=1).run_dir}
+    assert len(folders) == 3
 
 
 def test_interrupting_keeps_what_was_found(tmp_path):
@@ -265,6 +287,21 @@ def test_bad_options(tmp_path):
         run(tmp_path, seed=7)
     with pytest.raises(ConfigError, match="n_trials"):
         run(tmp_path, n_trials=0)
+    with pytest.raises(ConfigError, match="n_trials must be a whole number, not '10'"):
+        run(tmp_path, n_trials="10")
+    with pytest.raises(ConfigError, match="budget must be a dictionary"):
+        run(tmp_path, budget="50%")
+    with pytest.raises(ModelError, match="not the class Conv2d"):
+        run(tmp_path, model=nn.Conv2d)
+    with pytest.raises(ModelError, match="not an object of type OrderedDict"):
+        run(tmp_path, model=make_model().state_dict())
+    for data, told in (
+        (CALIBRATION[0], "is one tensor"),
+        ((CALIBRATION[0], torch.zeros(128)), "tuple of tensors"),
+        (lambda: CALIBRATION, "call it"),
+    ):
+        with pytest.raises(CalibrationError, match=told):
+            run(tmp_path, calibration=data)
 
 
 KILLED = """
@@ -276,7 +313,8 @@ test_search.run(test_search.Path({run_dir!r}), n_trials=100000, callbacks=[repor
 """
 
 
-def test_nothing_finished_is_lost_when_the_process_is_killed(tmp_path):
+def test_nothing_finished_is_lost_when_the_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(liveness, "UNSIGNED_S", 0.0)  # where a slow disk has it killed between two records
     script = KILLED.format(tests=str(Path(__file__).parent), run_dir=str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as process:
