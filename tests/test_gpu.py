@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import prunefront
 from prunefront.runners.cli import main
-from prunefront.runners.devices import CPU, placed
+from prunefront.runners.devices import placed
 from prunefront.runners.exporting.huggingface import export_huggingface
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
 from prunefront.runners.finetuning.engine import checkpoint_of
@@ -30,6 +30,7 @@ from prunefront.search.measurement import Settings, measure
 from prunefront.search.scores import SampleScore, accuracy
 from prunefront.search.study import read_study
 from prunefront.spaces.criteria import CRITERIA
+from prunefront.spaces.devices import CPU
 from prunefront.spaces.inputs import Inputs
 from prunefront.spaces.proof import outputs_of
 from tests.models import build
@@ -156,7 +157,7 @@ def test_a_task_is_placed_with_what_its_model_is_given():
     task = placed(digits(width=4, epochs=1), "cuda")
     model = task.make_model()
     assert next(model.parameters()).is_cuda and isinstance(task.score, SampleScore) and 0 <= task.score(model) <= 1
-    assert placed(task, "cuda") is task and digits(width=4, epochs=1).device == CPU
+    assert placed(task, None) is task and task.device == "cuda" and digits(width=4, epochs=1).device == CPU
 
 
 def test_processes_of_one_search_take_devices_in_turn(tmp_path, capfd):
