@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from rich.status import Status
 from torch import nn
 
 from ..search import Result, load, parse_budget
@@ -109,13 +110,14 @@ def searched(
     timing, latency = timing_of(config), None
     if "latency" in budget:
         assert timing is not None  # checked early
-        with console.status("measuring latency"):
+        with console.status("measuring latency") as status:
             near = budget if config.mode == "budget" else None
-            latency = timing.model(space, Inputs.of(task.example_inputs), budget=near)
-        told = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
+            told = measuring(status, timing.most)
+            latency = timing.model(space, Inputs.of(task.example_inputs), budget=near, progress=told)
+        described = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
         if (even := latency.steps.inputs) > 1:
-            told += f"; widths that are multiples of {even} are faster: space.round_to={even} keeps to them"
-        console.print(told, style="dim")
+            described += f"; widths that are multiples of {even} are faster: space.round_to={even} keeps to them"
+        console.print(described, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
         write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
@@ -372,20 +374,26 @@ def measure(config: DictConfig) -> None:
     timing = timing_of(config)
     if timing is None:
         raise ConfigError("there is nothing to measure on with target=none; try target=onnxruntime")
-    with redirect_stdout(sys.stderr), status:
+    with redirect_stdout(sys.stderr), status as shown:
         task = make_task(config)
         found = discover_for(task, task.make_model().eval(), config)
         inputs = Inputs.of(task.example_inputs)
         if config.steps:
             stairs = timing.stairs(found, inputs)
         else:
-            model = timing.model(found, inputs, refresh=config.refresh)
+            progress = measuring(shown, timing.most)
+            model = timing.model(found, inputs, refresh=config.refresh, progress=progress)
     if config.steps:
         show_stairs(stairs, timing, config.json)
     elif config.json:
         print(json.dumps({**model.to_json(), "target": dict(timing.target.description)}, indent=1))
     else:
         console.print(latency_view(model, timing.target.description))
+
+
+def measuring(status: Status | None, most: int) -> Callable[[int], None]:
+    """Shows how many plans are measured."""
+    return lambda done: None if status is None else status.update(f"measuring latency: {done} of at most {most} plans")
 
 
 def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None:

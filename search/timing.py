@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,16 @@ class Timing:
         check_inputs(model, self._inputs(inputs))
 
     def model(
-        self, space: Space, inputs: Inputs, refresh: bool = False, budget: Mapping[str, Any] | None = None
+        self,
+        space: Space,
+        inputs: Inputs,
+        refresh: bool = False,
+        budget: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] = lambda measured: None,
     ) -> LatencyModel:
         """The latency model of ``space`` on the target, best near ``budget``.
 
-        What was measured before, failures too, is not measured again.
+        What was measured before, failures too, is not measured again. ``progress`` is told how many plans are known.
 
         Raises:
             TargetError: the target cannot measure the dense model, or too few candidates.
@@ -67,6 +72,7 @@ class Timing:
             self.pace.expect(space.model, known.dense_ms)
 
         def keep(held: Measurements) -> None:
+            progress(len(held.measured))
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {**held.to_json(), "target": dict(self.target.description)})

@@ -39,6 +39,10 @@ def command(config: DictConfig) -> None:
                 folder / CARD, f"{run_dir.name}/{name}", run, read_json(source / METRICS), widths, config.licence
             )
         console.print(f"{config.format}  {folder}", soft_wrap=True, highlight=False)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        told = f"{size / 1e6:,.1f} MB, read again and compared with the model"
+        alone = "; weights alone, without the model's structure" if config.format == "safetensors" else ""
+        console.print(told + alone, style="dim", highlight=False)
 
 
 def export(source: Path, folder: Path, name: str, dynamic_batch: bool) -> None:
