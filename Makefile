@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dashboard,dev,onnx,openvino,postgresql,text,vision]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dashboard,dev,mysql,onnx,openvino,postgresql,text,vision]'
 	touch $@
 
 search: .venv/ready

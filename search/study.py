@@ -25,6 +25,8 @@ from .saved import read_json, write_json
 STUDY_NAME, JOURNAL = "prunefront", "study.journal"
 #: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
 DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
+#: SQLAlchemy's own choices are older ones, which have to be compiled.
+DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 #: Of a score and a cost.
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
 #: A lock of the journal that nobody has renewed for so long belongs to a process that was killed.
@@ -77,13 +79,19 @@ class Store:
                 return proxy
             # Workers come back from a restart of the server: a connection is tried before it is used.
             options = {"pool_pre_ping": True, "pool_size": 2}
-            url = self.url.replace("postgresql://", "postgresql+psycopg://", 1)  # the driver of today
-            return RDBStorage(url, engine_kwargs=options)
+            return RDBStorage(with_driver(self.url), engine_kwargs=options)
         except Exception as error:  # drivers have errors of their own
             raise StorageError(
                 f"the storage {self.kind} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}; "
-                "is the server running, and its driver installed (pip install 'prunefront[postgresql]', or [grpc])?"
+                "is the server running, and its driver installed? pip install 'prunefront[postgresql]', [mysql], [grpc]"
             ) from error
+
+
+def with_driver(url: str) -> str:
+    """``url`` with the driver that our extras install, where it names none."""
+    for kind, driver in DRIVERS.items():
+        url = url.replace(f"{kind}://", f"{kind}+{driver}://", 1) if url.startswith(f"{kind}://") else url
+    return url
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

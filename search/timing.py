@@ -55,7 +55,7 @@ class Timing:
         inputs: Inputs,
         refresh: bool = False,
         budget: Mapping[str, Any] | None = None,
-        progress: Callable[[int], None] = lambda measured: None,
+        progress: Callable[[int], None] | None = None,
     ) -> LatencyModel:
         """The latency model of ``space`` on the target, best near ``budget``.
 
@@ -72,7 +72,8 @@ class Timing:
             self.pace.expect(space.model, known.dense_ms)
 
         def keep(held: Measurements) -> None:
-            progress(len(held.measured))
+            if progress is not None:
+                progress(len(held.measured))
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {**held.to_json(), "target": dict(self.target.description)})

@@ -152,7 +152,7 @@ def test_another_recipe_of_the_same_name_is_refused(run, capsys):
 
 def test_no_run(tmp_path, capsys):
     assert main(["finetune", str(tmp_path)]) == 1
-    assert "no run of the search command" in capsys.readouterr().err
+    assert "was not made by the search command" in capsys.readouterr().err
 
 
 MODULE = """

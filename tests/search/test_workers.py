@@ -1,4 +1,4 @@
-"""Several processes on one study: dead ones, a real PostgreSQL, and what must not be joined."""
+"""Several processes on one study: dead ones, real databases, and what must not be joined."""
 
 import datetime
 import os
@@ -17,10 +17,11 @@ from optuna.trial import TrialState
 from torch import nn
 
 import prunefront
+from benchmarks.mariadb import is_installed, mariadb
 from benchmarks.postgresql import postgresql, programs
 from prunefront.search.engine import work
 from prunefront.search.liveness import OTHER_HOST_S, UNSIGNED_S, WORKER, is_alive, is_stale, this_process
-from prunefront.search.study import Store, finished, join_study, open_study, read_study, release_stale
+from prunefront.search.study import DRIVERS, Store, finished, join_study, open_study, read_study, release_stale
 from prunefront.spaces.errors import SearchError, StorageError
 
 INPUTS = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
@@ -135,14 +136,15 @@ def test_the_same_scored_plans_give_the_same_pick_in_whatever_order(tmp_path):
     assert again.best.plan == found.best.plan and again.best.metrics == found.best.metrics
 
 
-@pytest.fixture(scope="module")
-def database():
-    """A PostgreSQL server on loopback: its URL, and a function that kills and restarts it."""
-    if programs() is None:
-        missing = "PostgreSQL is not installed (Debian: apt install postgresql)"
+@pytest.fixture(scope="module", params=["postgresql", "mysql"])
+def database(request):
+    """A server on loopback: its URL, and a function that kills and restarts it."""
+    is_there = programs() is not None if request.param == "postgresql" else is_installed()
+    if not is_there:
+        missing = "no server is installed (Debian: apt install postgresql mariadb-server)"
         pytest.fail(missing) if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") else pytest.skip(missing)
-    pytest.importorskip("psycopg")
-    with postgresql("fsync=off") as server:
+    pytest.importorskip(DRIVERS[request.param])
+    with postgresql("fsync=off") if request.param == "postgresql" else mariadb() as server:
         yield server
 
 
@@ -159,13 +161,14 @@ def test_a_search_in_a_database_survives_its_restart_and_is_read_without_it(tmp_
     assert restarted and len(finished(found.study)) == 10
     copied = read_study(tmp_path / "shared")  # reports read the run's own journal
     assert [t.values for t in finished(copied)] == [t.values for t in finished(found.study)]
-    plain = optuna.load_study(study_name="shared", storage=url.replace("postgresql:", "postgresql+psycopg:"))
+    kind = url.partition(":")[0]
+    plain = optuna.load_study(study_name="shared", storage=url.replace(kind, f"{kind}+{DRIVERS[kind]}", 1))
     assert len(plain.trials) == 10 and "tester" not in (tmp_path / "shared" / "space.json").read_text()
     work(net(), **options(tmp_path / "elsewhere" / "shared", 12, storage=url))  # a machine without the run's folder
     assert len(finished(plain)) == 12
     more = prunefront.search(net(), **options(tmp_path / "shared", 14, storage=url))
     assert len(finished(more.study)) == 14
-    with pytest.raises(SearchError, match="has storage 'postgresql', not 'journal'"):
+    with pytest.raises(SearchError, match=f"has storage '{kind}', not 'journal'"):
         prunefront.search(net(), **options(tmp_path / "shared", 14))
 
 
