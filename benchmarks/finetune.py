@@ -7,8 +7,7 @@ Run: python -m benchmarks.finetune [--depth 56] [--macs 70,50,40] [--epochs 1,3,
 ``PRUNEFRONT_DATA`` names the folder of ``task=cifar_resnet``. At every share of the MACs the uniform plan over all
 widths is trained, and the plan with the highest search score within that share that ``--runs`` (searches of the same
 network) have found; both are repaired here (reconstruction, sequential). Accuracy in % on the reporting half of the
-test images.
-Every training has its own schedule.
+test images. Every training has its own schedule.
 
 With ``--folder`` trainings are kept there: a benchmark that was killed goes on. ``--part 1/4`` does the first of four
 parts of the trainings, for processes side by side; ``--show`` makes one table of the files that they write.
@@ -72,7 +71,8 @@ class Benchmark:
     ) -> None:
         self.task = placed(cifar_resnet(depth), device)
         self.found = [(run_dir, read_run(run_dir)) for run_dir in runs]
-        self.lr, self.folder = lr, folder
+        self.lr = lr
+        self.folder = None if folder is None else folder / f"{depth}-{images or 'all'}"
         self.dense = self.task.make_model()
         self.training = self.task.training
         if images is not None:

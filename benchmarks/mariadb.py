@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 START_S = 60
 
@@ -67,7 +68,7 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 
-def _connection(port: int):  # type: ignore[no-untyped-def]
+def _connection(port: int) -> Any:
     import pymysql
 
     return pymysql.connect(host="127.0.0.1", port=port, user="tester")

@@ -26,6 +26,8 @@ OPEN_KEYS = (
     *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
     *("task.config.", "task.train.", "task.search.", "task.test."),
 )
+#: Options as other programs have them, with dashes; and those of ours and Hydra's that are written so.
+_DASHED = re.compile(r"--([a-z_][\w.]*)(?:=.*)?", re.DOTALL)
 FLAGS = ("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra")
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
@@ -34,8 +36,9 @@ BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classificat
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
     overrides = list(arguments)
-    if dashed := next((re.match(r"--([a-z_][\w.]*)", text) for text in overrides if _is_foreign(text)), None):
-        raise ConfigError(f"options are written without dashes: {dashed[1]}=...")
+    for dashed in filter(None, map(_DASHED.fullmatch, overrides)):
+        if f"--{dashed[1]}" not in FLAGS:
+            raise ConfigError(f"options are written without dashes: {dashed[1]}=...")
     if name in POSITIONAL:
         overrides = _with_runs(name, overrides)
     if "--json" in overrides:
@@ -59,12 +62,6 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     # Hydra's parser wants all overrides in one piece.
     overrides.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
-
-
-def _is_foreign(text: str) -> bool:
-    """Whether it is an option as other programs have them, with dashes, and no flag of ours or Hydra's."""
-    name = text.partition("=")[0]
-    return re.fullmatch(r"--[a-z_][\w.]*", name) is not None and name not in FLAGS
 
 
 def _with_runs(name: str, overrides: list[str]) -> list[str]:

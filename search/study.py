@@ -89,9 +89,8 @@ class Store:
 
 def with_driver(url: str) -> str:
     """``url`` with the driver that our extras install, where it names none."""
-    for kind, driver in DRIVERS.items():
-        url = url.replace(f"{kind}://", f"{kind}+{driver}://", 1) if url.startswith(f"{kind}://") else url
-    return url
+    kind, _, rest = url.partition("://")
+    return f"{kind}+{DRIVERS[kind]}://{rest}" if kind in DRIVERS else url
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

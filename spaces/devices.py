@@ -44,7 +44,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def _moved_leaf(leaf: Any, device: torch.device | str) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return leaf.to(device)
+        # From pinned memory a copy to a GPU need not be waited for; one to the processor must be.
+        return leaf.to(device, non_blocking=torch.device(device).type != CPU)
     if isinstance(leaf, Mapping):  # no tree to torch
         own_way = getattr(copy.copy(leaf), "to", None)
         return {key: moved(held, device) for key, held in leaf.items()} if own_way is None else own_way(device)
