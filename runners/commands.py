@@ -24,6 +24,7 @@ from torch import nn
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
 from ..search.candidates import checked_score
+from ..search.engine import check_options
 from ..search.fitting import described_error
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
@@ -79,6 +80,7 @@ def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
         ConfigError, BudgetError, StorageError: see their messages.
     """
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)
+    check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest)
     if "latency" in budget and "_target_" not in config.target:
         raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
     if isinstance(config.sampler, str):
@@ -172,7 +174,7 @@ def dense_line(dense: Mapping[str, Any], seconds: float) -> str:
 
 def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> dict[str, Any]:
     """Arguments of :func:`prunefront.search` that the search and its workers share."""
-    copied = ("mode", "n_trials", "timeout_s", "patience", "guide", "finalists", "seed", "storage")
+    copied = ("mode", "lowest", "n_trials", "timeout_s", "patience", "guide", "finalists", "seed", "storage")
     return {
         **{name: config[name] for name in copied},
         "score": task.score,

@@ -208,6 +208,7 @@ class Search:
     latency: Latency = field(default_factory=Latency)
     mode: str = "budget"
     budget: Budget = field(default_factory=Budget)
+    lowest: str | None = None
     space: Any = MISSING
     start: str | None = None
     guide: str = "auto"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ Array = NDArray[np.float64]
 LEVELS = (0.5, 0.7, 1.4, 2.0)
 #: Widths between the least and the largest that an allocation chooses from.
 CHOICES = 24
+#: Optuna's mark of trials whose parameters were given to the study (``enqueue_trial``).
+GIVEN = "fixed_params"
 #: Rounds of linearising costs that are products of widths.
 _ROUNDS = 4
 
@@ -101,9 +104,13 @@ class AllocationSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        done = [t for t in study.get_trials(deepcopy=False) if t.values is not None and "plan" in t.user_attrs]
-        cost_share = self._cost_share(trial.number) if self.problem.for_front else None
-        shares = self._shares(trial.number, done, cost_share)
+        trials = study.get_trials(deepcopy=False)
+        places = self._places(trials)
+        scored = [t for t in trials if t.values is not None and "plan" in t.user_attrs]
+        done = {places[t.number]: t for t in scored if t.number in places}
+        place = places.get(trial.number, 0)
+        cost_share = self._cost_share(place) if self.problem.for_front else None
+        shares = self._shares(place, done, cost_share)
         shares = np.clip(shares / shares.max(), *SHARES)
         parameters: dict[str, Any] = dict(zip(self.problem.space.dimensions, shares.tolist(), strict=True))
         return parameters if cost_share is None else {**parameters, COST_SHARE: cost_share}
@@ -113,22 +120,33 @@ class AllocationSampler(BaseSampler):
         """Of the front, as a share of the dense cost."""
         return float(np.sqrt(np.prod(self.problem.cost_shares)))
 
-    def _cost_share(self, number: int) -> float:
-        return self._middle if number < self._round else self.problem.spread_cost_share(self.seed + number)
+    def _places(self, trials: Sequence[FrozenTrial]) -> dict[int, int]:
+        """Where trials are in the rounds, by number: 0 is the first centre, a plan that the study was given, if any.
 
-    def _shares(self, number: int, done: Sequence[FrozenTrial], cost_share: float | None) -> Array:
-        first = 0 if cost_share is not None else (number - 1) // self._round * self._round
-        before = [t for t in done if t.number <= first]
+        Other plans that were given have no place; along a front none has, since their costs are others.
+        """
+        given = list(itertools.takewhile(lambda t: GIVEN in t.system_attrs, trials))
+        own = [t.number for t in trials[len(given) :] if GIVEN not in t.system_attrs]
+        if self.problem.for_front or not given:
+            return {number: place for place, number in enumerate(own)}
+        return {given[0].number: 0} | {number: place for place, number in enumerate(own, 1)}
+
+    def _cost_share(self, place: int) -> float:
+        return self._middle if place < self._round else self.problem.spread_cost_share(self.seed + place)
+
+    def _shares(self, place: int, done: Mapping[int, FrozenTrial], cost_share: float | None) -> Array:
+        first = 0 if cost_share is not None else (place - 1) // self._round * self._round
+        before = [other for other in done if other <= first]
         if not before:
             return np.ones(len(self.problem.space.dimensions))
-        centre = max(before, key=lambda t: t.values[0])
-        shares = Scored.of(self.problem, [centre]).widths[0] / self.problem.space.sizes
-        place = number - 1 - first
-        if place < len(self._probes):
-            dimension, level = self._probes[place]
+        centre = max(before, key=lambda other: done[other].values[0])
+        shares = Scored.of(self.problem, [done[centre]]).widths[0] / self.problem.space.sizes
+        probe = place - 1 - first
+        if probe < len(self._probes):
+            dimension, level = self._probes[probe]
             shares[dimension] *= level
             return np.asarray(shares)
-        probes = [t for t in done if t.number == centre.number or first < t.number < first + self._round]
+        probes = [t for other, t in done.items() if other == centre or first < other < first + self._round]
         return self._allocated(shares, probes, cost_share)
 
     def _allocated(self, centre: Array, probes: Sequence[FrozenTrial], cost_share: float | None) -> Array:

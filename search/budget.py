@@ -73,6 +73,23 @@ def parse_budget(
     return Limits(tuple(limits))
 
 
+def parse_lowest(
+    lowest: str | float, budget: Mapping[str, str | float], dense: Cost, dense_ms: float | None = None
+) -> float:
+    """The share of the dense cost that ``lowest`` is, in the terms of the first key of ``budget``, macs without one.
+
+    Raises:
+        BudgetError: it cannot be read, or is not below the budget.
+    """
+    key = next(iter(budget), "macs")
+    ends = [parse_budget({key: text}, dense, dense_ms=dense_ms).values for text in (lowest, budget.get(key, "100%"))]
+    low, high = (min(values) for values in ends)  # one value of each is finite
+    if low >= high:
+        raise BudgetError(f"lowest={lowest} is not below the budget {key}={budget.get(key, '100%')}")
+    totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes, 1.0)
+    return low / totals[LATENCY_COLUMN if key == LATENCY else KEYS[key][0]]
+
+
 def _latency_ratio(text: str | float, dense_ms: float | None) -> float:
     match = None if isinstance(text, bool) else _NUMBER.fullmatch(str(text))
     if match is None or (match[2] != "%" and match[2] not in _SECONDS):

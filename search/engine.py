@@ -8,6 +8,7 @@ import inspect
 import itertools
 import logging
 import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,13 +31,13 @@ from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
 from ..spaces.trace import evaluating
-from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget
+from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget, parse_lowest
 from .candidates import Candidates, Score
 from .front import non_dominated
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
 from .liveness import WORKER, this_process
-from .problem import CRITERION, LATENCY_MS, SHARES, Problem, objective_of
+from .problem import CRITERION, LATENCY_MS, SHARES, SMALLEST_SHARE, Problem, objective_of
 from .progress import SearchProgress
 from .racing import Raced
 from .result import PARTLY, Judge, Judging, Result, Verification, collect, known_dense
@@ -80,6 +81,7 @@ def search(
     test: Score | None = None,
     dense: Mapping[str, Any] | None = None,
     mode: str = "budget",
+    lowest: str | float | None = None,
     n_trials: int = 100,
     timeout_s: float | None = None,
     patience: int | None = None,
@@ -108,7 +110,8 @@ def search(
     """Find the best pruned models and save them in ``run_dir``.
 
     ``mode="budget"`` maximises the score within ``budget``. ``mode="front"`` explores score against the first cost
-    that ``budget`` names (macs by default), up to the budget or, without one, up to the dense model.
+    that ``budget`` names (macs by default), up to the budget or, without one, up to the dense model, and down to
+    ``lowest``, given as a budget is, or a twentieth of the dense cost.
 
     ``score`` gets a candidate in evaluation mode and returns a number, higher is better, on data that is neither
     training nor test data; without one it is the fidelity to the dense model's outputs on ``calibration``. ``test`` is
@@ -247,7 +250,7 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     model, mode, budget, timing = given["model"], given["mode"], given["budget"] or {}, given["timing"]
     if not isinstance(budget, Mapping):
         raise ConfigError(f'budget must be a dictionary such as {{"macs": "50%"}}, not {budget!r}')
-    check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"])
+    check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"], given["lowest"])
     inputs = Inputs.of(given["example_inputs"])
     if timing is not None:
         timing.check(model, inputs)
@@ -258,7 +261,11 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     guided = guidance(space, given["score"], given["guide"], given["autocast"])
     run_dir = _fresh_run_dir() if given["run_dir"] is None else Path(given["run_dir"])
     store = Store(run_dir, given["storage"])
-    problem = Problem(space, limits, objective_of(budget), mode == "front", latency)
+    lowest = SMALLEST_SHARE
+    if given["lowest"] is not None:
+        dense_ms = None if latency is None else latency.dense_ms
+        lowest = parse_lowest(given["lowest"], budget, space.dense_cost, dense_ms)
+    problem = Problem(space, limits, objective_of(budget), mode == "front", latency, lowest)
     header = _header(given, problem, guided, store)
     earlier = read_earlier(given["warm_start"], problem, header)
     candidates = Candidates(space, given["autocast"], given["tuning"])
@@ -346,14 +353,23 @@ def _header(given: Mapping[str, Any], problem: Problem, guided: Guidance, store:
     }
 
 
-def check_options(mode: str, guide: str, n_trials: int, finalists: int | None, patience: int | None) -> None:
+def check_options(
+    mode: str,
+    guide: str,
+    n_trials: int,
+    finalists: int | None = None,
+    patience: int | None = None,
+    lowest: str | float | None = None,
+) -> None:
     """Raises ConfigError."""
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    if lowest is not None and mode != "front":
+        raise ConfigError("lowest is where a front ends: it needs mode=front")
     if guide not in GUIDES:
         raise ConfigError(f"unknown guide {guide!r}; expected one of {', '.join(GUIDES)}")
     for name, value in {"n_trials": n_trials, "finalists": finalists, "patience": patience}.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
             raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -430,11 +446,10 @@ class _Run:
         return {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(self.study)}
 
     def enqueue_starts(self) -> None:
-        """Equal shares in the middle of their range, then the best proportions of earlier runs."""
+        """Equal shares, then the best proportions of earlier runs."""
         names = self.problem.space.dimensions
-        rows = [dict.fromkeys(names, math.sqrt(SHARES[0] * SHARES[1]))]
-        rows += [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
-        for row in rows:
+        known = [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
+        for row in [*self.problem.starts(), *known]:
             self.study.enqueue_trial(row)
 
     def is_stuck(self, patience: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ from .projection import Projector, named_widths
 
 #: Proposals are relative keep shares in this range; only their proportions matter, since they are projected.
 SHARES = (0.1, 1.0)
-#: In front mode, the name and the lower end of the dimension that says which share of the dense cost to aim at.
+#: In front mode, the name of the dimension that says which share of the dense cost to aim at, and its usual lower end.
 COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
+#: Plans of equal shares that a search of the front starts with.
+EQUAL_ON_FRONT = 5
 #: The name of the dimension that chooses among several criteria.
 CRITERION = "criterion"
 _GOLDEN = (np.sqrt(5) - 1) / 2
@@ -33,8 +36,8 @@ COLUMNS = ("macs", "params", "memory_bytes", "size_bytes", LATENCY_MS)
 class Problem:
     """One share a dimension of ``space``, projected onto ``limits``.
 
-    ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at is one more parameter, and
-    so is the criterion where the space has several.
+    ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at, ``lowest`` at least, is one
+    more parameter, and so is the criterion where the space has several.
     """
 
     space: Space
@@ -42,6 +45,7 @@ class Problem:
     objective: str
     for_front: bool = False
     latency: LatencyModel | None = None
+    lowest: float = SMALLEST_SHARE
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -91,12 +95,23 @@ class Problem:
         """The range of the share of the dense cost."""
         _, dense, smallest = self._bounds
         highest = min(1.0, self.limits.values[self._column] / dense)
-        return min(max(SMALLEST_SHARE, smallest / dense), highest), highest
+        return min(max(self.lowest, smallest / dense), highest), highest
 
     def spread_cost_share(self, number: int) -> float:
         """Numbers that fill the range of the share, however many: a golden section sequence on its logarithm."""
+        return self._cost_share(number * _GOLDEN % 1)
+
+    def starts(self) -> list[dict[str, float]]:
+        """Parameters of plans that no search shall be behind: equal shares; along a front, at costs from end to end."""
+        equal = dict.fromkeys(self.space.dimensions, math.sqrt(SHARES[0] * SHARES[1]))
+        if not self.for_front:
+            return [equal]
+        return [{**equal, COST_SHARE: self._cost_share(float(place))} for place in np.linspace(1, 0, EQUAL_ON_FRONT)]
+
+    def _cost_share(self, place: float) -> float:
+        """At ``place`` between the ends (0, 1) of the range, on its logarithm."""
         low, high = self.cost_shares
-        return float(np.clip(low * (high / low) ** (number * _GOLDEN % 1), low, high))
+        return float(np.clip(low * (high / low) ** place, low, high))
 
     @property
     def _column(self) -> int:

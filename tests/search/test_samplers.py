@@ -79,6 +79,24 @@ def test_one_set_of_sensitivities_gives_an_allocation_for_every_budget_of_a_fron
     assert len(shares) == 9 and len(gains) >= 4 and min(gains) > 0
 
 
+def test_an_allocation_probes_every_dimension_whatever_plans_the_study_was_given():
+    space = SyntheticSpace(4, 0)
+    problem = Problem(space, Limits((0.5 * float(space.cost_batch(space.sizes[None])[0, 0]), *[np.inf] * 4)), "macs")
+    found = []
+    for given in (1, 3):
+        study = optuna.create_study(direction="maximize", sampler=AllocationSampler(problem, 0))
+        for number in range(given):
+            study.enqueue_trial(dict.fromkeys(space.dimensions, 0.3) | {space.dimensions[0]: 0.3 + 0.1 * number})
+        for _ in range(given + 4 * 4 + 1):
+            trial = study.ask(problem.distributions)
+            widths = problem.projector().fill(np.array([trial.params[name] for name in space.dimensions]))
+            named = dict(zip(space.dimensions, widths.tolist(), strict=True))
+            trial.set_user_attr("plan", {"widths": named, "criterion": "synthetic"})
+            study.tell(trial, float(space.value(widths[None])[0]))
+        found.append([trial.user_attrs["plan"] for trial in study.trials[given:]])
+    assert found[0] == found[1]
+
+
 def test_the_surrogate_slopes_are_those_of_its_mean():
     rng = np.random.default_rng(0)
     points = rng.normal(0, 0.3, (30, 4))

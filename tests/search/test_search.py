@@ -16,7 +16,14 @@ from torch import nn
 import prunefront
 from prunefront.search import liveness, scores
 from prunefront.search import study as study_module
-from prunefront.spaces.errors import CalibrationError, ConfigError, ModelError, SearchError, StorageError
+from prunefront.spaces.errors import (
+    CalibrationError,
+    ConfigError,
+    ModelError,
+    PrunefrontError,
+    SearchError,
+    StorageError,
+)
 
 CALIBRATION = [torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
 INPUTS = CALIBRATION[0][:1]
@@ -194,6 +201,31 @@ def test_front_mode_explores_the_whole_range(tmp_path, sampler):
     assert min(macs) < 0.4 < max(macs) <= 1
     scores = [entry.metrics["score"] for entry in result.front]
     assert scores == sorted(scores) and len(result.front) > 2
+
+
+def test_a_front_starts_with_equal_shares_from_end_to_end_and_ends_at_the_lowest_cost(tmp_path):
+    result = run(tmp_path, score=weight, mode="front", budget={"params": "80%"}, lowest="40%", n_trials=12)
+    dense, trials = result.space.dense_cost.params, result.study.trials
+    shares = [trial.user_attrs["costs"]["params"] / dense for trial in trials]
+    assert min(shares) > 0.33 and max(shares) <= 0.8  # widths are whole numbers: a plan falls a little short
+    assert sorted(shares[:5], reverse=True) == shares[:5]
+    sizes = {group.name: group.size for group in result.space.groups}
+    for trial in trials[:5]:
+        kept = [width / sizes[name] for name, width in trial.user_attrs["plan"]["widths"].items()]
+        assert max(kept) - min(kept) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lowest": "30%"}, "needs mode=front"),
+        ({"lowest": "60%", "mode": "front"}, "not below the budget macs=50%"),
+        ({"lowest": "low", "mode": "front"}, "cannot read budget macs='low'"),
+    ],
+)
+def test_a_lowest_cost_that_means_nothing_is_refused(tmp_path, options, message):
+    with pytest.raises(PrunefrontError, match=message):
+        run(tmp_path, budget={"macs": "50%"}, **options)
 
 
 def test_front_mode_holds_its_budgets(tmp_path):
