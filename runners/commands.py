@@ -23,7 +23,7 @@ from torch import nn
 
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
-from ..search.candidates import checked_score
+from ..search.candidates import score_dense
 from ..search.engine import check_options
 from ..search.fitting import described_error
 from ..search.latency import LatencyModel
@@ -35,7 +35,6 @@ from ..search.saved import METRICS, load_with, read_json, save_model, write_json
 from ..search.stairs import Stairs, override
 from ..search.timing import Timing
 from ..spaces import Cost, Space, discover
-from ..spaces.calibration import precision
 from ..spaces.devices import CPU
 from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageError
 from ..spaces.groups import Group
@@ -263,7 +262,7 @@ def prepare(
         model = task.make_model() if start is None else load(Path(start)).to(task.device)
     space = discover_for(task, model, config)
     if kept is None:
-        metrics = dense_metrics(task, model, space.dense_cost)
+        metrics = {**asdict(space.dense_cost), **dense_scores(task, model)}
         save_model(
             folder, model, None, {**metrics, "task": described, "score_name": task.score_name}, task.example_inputs
         )
@@ -295,21 +294,15 @@ def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
     )
 
 
-def dense_metrics(task: Task, model: nn.Module, cost: Cost) -> dict[str, float]:
-    """Scores and costs of the dense model. Raises ConfigError when it cannot be scored."""
-    metrics: dict[str, float] = asdict(cost)
-    # Fidelity to itself is known: no difference at all.
+def dense_scores(task: Task, model: nn.Module) -> dict[str, float]:
+    """The score and the test score of the dense model. Raises ConfigError when it cannot be scored."""
+    # Without a score it is fidelity, and that to itself is known: no difference at all.
     functions = {"score": task.score or (lambda _: 0.0), "test": task.test}
-    with precision(model, task.autocast):
-        for name, function in functions.items():
-            if function is not None:
-                try:
-                    metrics[name] = checked_score(function(model), f"task.{name}")
-                except Exception as error:
-                    raise ConfigError(
-                        f"task.{name} fails on the dense model: {type(error).__name__}: {error}"
-                    ) from error
-    return metrics
+    return {
+        name: score_dense(model, function, f"task.{name}", task.autocast)
+        for name, function in functions.items()
+        if function is not None
+    }
 
 
 def show_result(result: Result, task: Task, dense: dict[str, Any]) -> None:

@@ -77,13 +77,13 @@ def _with_runs(name: str, overrides: list[str]) -> list[str]:
 
 def _joining(overrides: Sequence[str]) -> list[str]:
     """A worker has the options of the search whose folder comes first, where that is on this machine."""
-    run = next((text for text in overrides if _key(text) in ("run", "run_dir")), None)
+    run = next((text for text in overrides if key_of(text) in ("run", "run_dir")), None)
     if run is None:
         raise ConfigError("prunefront worker takes the folder of a search first")
     run_dir = Path(json.loads(text) if (text := run.partition("=")[2]).startswith('"') else text.strip("'"))
     rest = [text for text in overrides if text != run]
     kept = inherited(run_dir, rest, f"prunefront worker {run_dir}") if (run_dir / ".hydra").exists() else []
-    kept = [text for text in kept if _key(text) not in ("workers", "devices")]  # a machine has its own
+    kept = [text for text in kept if key_of(text) not in ("workers", "devices")]  # a machine has its own
     return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
 
 
@@ -94,15 +94,15 @@ def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Seque
     user is told to repeat with them.
     """
     stored = _stored_overrides(run_dir)
-    given = {_key(override) for override in overrides}
-    kept = [override for override in stored if _key(override) not in given | {"run_dir"}]
+    given = {key_of(override) for override in overrides}
+    kept = [override for override in stored if key_of(override) not in given | {"run_dir"}]
     # Of a choice that was made anew, such as another tracker, the old one's options say nothing.
-    chosen = tuple(f"{_key(override)}." for override in overrides if override not in stored)
+    chosen = tuple(f"{key_of(override)}." for override in overrides if override not in stored)
     kept = [override for override in kept if not override.startswith(chosen)]
-    kept = [override for override in kept if not keys or _key(override).partition(".")[0] in keys]
+    kept = [override for override in kept if not keys or key_of(override).partition(".")[0] in keys]
     foreign = [override for override in kept if not _is_harmless(override, stored)]
     if foreign:
-        repeated = [*foreign, *(override for override in overrides if _key(override) != "run")]
+        repeated = [*foreign, *(override for override in overrides if key_of(override) != "run")]
         raise ConfigError(
             f"{run_dir} was started with code of its own, which is not run because a file says so; "
             f"if it is yours, repeat: {command} {shlex.join(repeated)}"
@@ -113,12 +113,12 @@ def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Seque
 def to_be_repeated(run_dir: Path) -> list[str]:
     """What the user must say again to continue the run: what names code."""
     stored = _stored_overrides(run_dir)
-    return [override for override in stored if _key(override) != "run_dir" and not _is_harmless(override, stored)]
+    return [override for override in stored if key_of(override) != "run_dir" and not _is_harmless(override, stored)]
 
 
 def _of_the_search(overrides: Sequence[str]) -> list[str]:
     """Task and tracker of the run that is fine-tuned; none where the user names a task for a run of the Python API."""
-    given = {_key(override): override.partition("=")[2].strip("'") for override in overrides}
+    given = {key_of(override): override.partition("=")[2].strip("'") for override in overrides}
     run_dir = Path(given.get("run", ""))
     if "run" not in given or ("task" in given and not (run_dir / ".hydra").exists()):
         return []
@@ -145,8 +145,8 @@ def _stored_overrides(run_dir: Path) -> list[str]:
 
 def _is_harmless(override: str, stored: Sequence[str]) -> bool:
     """Sets a plain value of a built-in choice; names no code."""
-    key = _key(override)
-    if "_target_" in override or "${" in override or key.startswith(("~", "+", "hydra")):
+    key = key_of(override)
+    if "_target_" in override or "${" in override or override.startswith(("~", "+", "hydra")):
         return False
     if key == "task":
         return override.partition("=")[2] in BUILT_IN_TASKS
@@ -161,8 +161,9 @@ def _is_harmless(override: str, stored: Sequence[str]) -> bool:
     return not key.startswith("task.") or "task=custom" not in stored
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0]
+def key_of(override: str) -> str:
+    """Without Hydra's marks of keys that are added."""
+    return override.lstrip("+").partition("=")[0]
 
 
 def _quoted(value: str) -> str:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ..search.budget import LATENCY, parse_budget
 from ..spaces import Cost
 from ..spaces.errors import ConfigError, SearchError
+from .overrides import key_of
 from .runs import DENSE, TUNED, dense_cost, own_overrides
 
 #: Options of a search that another search of the same model repeats.
@@ -84,15 +85,10 @@ def within(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[
 
 def _search(run_dir: str, budget: Sequence[str]) -> str:
     """How to search for the budget with what the run has learnt; runs of the Python API have no options to repeat."""
-    kept = [text for text in own_overrides(Path(run_dir)) if _key(text).partition(".")[0] in _OF_THE_MODEL]
+    kept = [text for text in own_overrides(Path(run_dir)) if key_of(text).partition(".")[0] in _OF_THE_MODEL]
     task = shlex.join(text.lstrip("+") for text in kept) or "task=..."
     return f"prunefront search {task} {' '.join(budget)} {shlex.quote(f'warm_start=[{run_dir}]')}"
 
 
 def _has_target(run_dir: str) -> bool:
-    return any(_key(text) == "target" for text in own_overrides(Path(run_dir)))
-
-
-def _key(override: str) -> str:
-    """Without Hydra's marks for keys that are added."""
-    return override.lstrip("+").partition("=")[0]
+    return any(key_of(text) == "target" for text in own_overrides(Path(run_dir)))

@@ -16,6 +16,8 @@ from torch import nn
 
 from ..spaces import Plan, Space
 from ..spaces.calibration import precision
+from ..spaces.errors import ConfigError
+from ..spaces.trace import evaluating
 from .racing import Raced, race
 from .scores import SampleScore
 from .tuning import Report, Tuning, unwatched
@@ -64,6 +66,19 @@ class Candidates:
         """Raises TypeError or ValueError unless ``function`` returns a finite number."""
         with self.timer.part(name), precision(model, self.autocast):
             return checked_score(function(model), name)
+
+
+def score_dense(model: nn.Module, function: Score, name: str, autocast: torch.dtype | None) -> float:
+    """What ``function`` gives for the dense model, in evaluation mode.
+
+    Raises:
+        ConfigError: it fails; ``name`` says what that is.
+    """
+    try:
+        with evaluating(model), precision(model, autocast):
+            return checked_score(function(model), name)
+    except Exception as error:
+        raise ConfigError(f"{name} fails on the dense model: {type(error).__name__}: {error}") from error
 
 
 def checked_score(value: Any, name: str) -> float:

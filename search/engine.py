@@ -1,4 +1,4 @@
-"""The search loop: ask, project onto the budget, build, repair, score, tell."""
+"""What users call: a search is prepared, its trials are run, and its finalists judged."""
 
 from __future__ import annotations
 
@@ -6,69 +6,48 @@ import datetime
 import hashlib
 import inspect
 import itertools
-import logging
-import math
 import numbers
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
-from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.trial import TrialState
 from torch import nn
 
-from ..spaces import Plan, Space, discover
+from ..spaces import Space, discover
 from ..spaces.calibration import check_calibration
-from ..spaces.errors import ConfigError, SearchError, StorageError
+from ..spaces.errors import ConfigError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
-from ..spaces.trace import evaluating
 from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget, parse_lowest
-from .candidates import Candidates, Score
-from .front import non_dominated
+from .candidates import Candidates, Score, score_dense
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
-from .liveness import WORKER, this_process
-from .problem import CRITERION, LATENCY_MS, SHARES, SMALLEST_SHARE, Problem, objective_of
+from .loop import Callback, Loop
+from .problem import LATENCY_MS, SMALLEST_SHARE, Problem, objective_of
 from .progress import SearchProgress
-from .racing import Raced
-from .result import PARTLY, Judge, Judging, Result, Verification, collect, known_dense
+from .result import Judge, Judging, Result, Verification, collect, known_dense
 from .samplers import make_sampler
-from .scores import SampleScore
 from .study import (
     DESCRIBED,
     Store,
     check_described,
     check_owner,
-    finished,
     join_study,
     keep_copy,
     open_study,
-    release_stale,
 )
 from .timing import Timing
-from .tuning import STOPPED, GivenUp, Tuning, Watch
-from .warm_start import Earlier, read_earlier
+from .tuning import Tuning
+from .warm_start import read_earlier
 
-logger = logging.getLogger(__name__)
-
-#: The search stops when this many first trials fail without one that succeeds.
-MAX_FAILURES = 5
 MODES = ("budget", "front")
-#: Between looks at what other processes still run.
-WAIT_S = 0.5
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
-
-Callback = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 
 
 def search(
@@ -195,7 +174,7 @@ def _no_room(run_dir: Path, error: OSError) -> StorageError:
 class _Prepared:
     """A search that is ready to run: the same in every process that works on it."""
 
-    run: _Run
+    run: Loop
     store: Store
     inputs: Inputs
     timing: Timing | None
@@ -216,11 +195,7 @@ class _Prepared:
         if score is None or "score" in found:
             return found
         candidates = self.run.candidates
-        try:
-            with evaluating(candidates.space.model):
-                return {**found, "score": candidates.score(candidates.space.model, score, "score")}
-        except Exception as error:
-            raise ConfigError(f"score fails on the dense model: {type(error).__name__}: {error}") from error
+        return {**found, "score": score_dense(candidates.space.model, score, "score", candidates.autocast)}
 
     def collected(
         self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any]
@@ -283,7 +258,7 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
     fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
     study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
-    run = _Run(problem, candidates, study, guided, earlier, joins)
+    run = Loop(problem, candidates, study, guided, earlier, joins)
     return _Prepared(run, store, inputs, timing, bool(budget))
 
 
@@ -373,167 +348,6 @@ def check_options(
             raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-
-
-class _Run:
-    """Asks, scores and tells until the study has its trials; ``joins``: another process has begun it."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        candidates: Candidates,
-        study: optuna.Study,
-        guided: Guidance,
-        earlier: Earlier,
-        joins: bool = False,
-    ) -> None:
-        self.problem, self.candidates, self.timer = problem, candidates, candidates.timer
-        self.study, self.guided, self.earlier, self.joins = study, guided, earlier, joins
-        self.process = this_process()
-        #: Trials that callbacks know.
-        self.told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
-        #: Costs and values by sample of what this process has scored on all samples.
-        self.samples: list[tuple[float, Raced]] = []
-        self.reason = ""
-
-    def trials(
-        self, n_trials: int, timeout_s: float | None, patience: int | None, callbacks: Sequence[Callback]
-    ) -> None:
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if not self.joins and not self.study.get_trials(deepcopy=False):
-            self.enqueue_starts()
-        failures = 0
-        try:
-            while time.monotonic() < deadline and self.has_room(n_trials):
-                trial = self.one()
-                failures = 0 if trial.state == TrialState.COMPLETE else failures + 1
-                self.tell(callbacks)
-                if failures >= MAX_FAILURES and not self.known():
-                    raise SearchError(f"the first {failures} trials all failed; the last one with {self.reason}")
-                if patience is not None and self.is_stuck(patience):
-                    logger.info("no better plan for %d trials: the search ends", patience)
-                    break
-        except KeyboardInterrupt:
-            logger.warning("interrupted; ending with what was found")
-        self.tell(callbacks)
-
-    def tell(self, callbacks: Sequence[Callback]) -> None:
-        """Call ``callbacks`` with all trials that have ended since, those of other processes too."""
-        if not callbacks:
-            return
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state.is_finished() and trial.number not in self.told:
-                self.told.add(trial.number)
-                for callback in callbacks:
-                    callback(self.study, trial)
-
-    def has_room(self, n_trials: int) -> bool:
-        """Whether one more trial is wanted. Waits for those that other processes are running, which may yet fail."""
-        while True:
-            release_stale(self.study, self.process)
-            trials = self.study.get_trials(deepcopy=False)
-            # A trial that ended without an error and without a value was interrupted, and does not count.
-            done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
-            running = sum(t.state == TrialState.RUNNING for t in trials)
-            if done >= n_trials or done + running < n_trials:
-                return done < n_trials
-            if self.joins:
-                return False
-            time.sleep(WAIT_S)
-
-    def known(self) -> dict[str, float]:
-        """Values by fingerprint of all plans that any process has scored."""
-        return {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(self.study)}
-
-    def enqueue_starts(self) -> None:
-        """Equal shares, then the best proportions of earlier runs."""
-        names = self.problem.space.dimensions
-        known = [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
-        for row in [*self.problem.starts(), *known]:
-            self.study.enqueue_trial(row)
-
-    def is_stuck(self, patience: int) -> bool:
-        """Whether none of the last ``patience`` trials is on the front, or the best."""
-        trials = finished(self.study)
-        if len(trials) <= patience:
-            return False
-        costs = [t.values[1] if self.problem.for_front else 0.0 for t in trials]
-        return max(non_dominated([t.values[0] for t in trials], costs)) < len(trials) - patience
-
-    def one(self) -> optuna.trial.FrozenTrial:
-        with self.timer.part("ask"):
-            trial = self.study.ask()
-            trial.set_user_attr(WORKER, self.process)  # before the sampler thinks: whose it is shall be known if we die
-            for name, distribution in self.problem.distributions.items():
-                suggest(trial, name, distribution)
-        try:
-            values = self.evaluate(trial)
-        except Exception as error:
-            self.reason = f"{type(error).__name__}: {error}"
-            trial.set_user_attr("error", self.reason)
-            logger.warning("trial %d failed: %s", trial.number, self.reason)
-            return self.study.tell(trial, state=TrialState.FAIL)
-        except BaseException:
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        with self.timer.part("tell"):
-            return self.study.tell(trial, values)
-
-    def evaluate(self, trial: optuna.Trial) -> list[float]:
-        with self.timer.part("project"):
-            plan, costs = self.problem.plan(trial.params)
-            criterion = trial.params.get(CRITERION, self.problem.space.criteria[0])
-            described = {"fingerprint": plan.fingerprint, "widths": plan.widths, "criterion": criterion}
-            trial.set_user_attr("plan", described)
-            trial.set_user_attr("costs", costs)
-            excesses = self.problem.excesses(costs)
-            trial.set_user_attr("constraints", excesses)  # the dashboard does not show Optuna's own yet
-            for key, excess in excesses.items():
-                trial.set_constraint(key, excess)
-        cost = costs[self.problem.objective]
-        value = self.known().get(plan.fingerprint)
-        if value is None:
-            value = self.value(trial, plan, cost)
-        return [value, cost] if self.problem.for_front else [value]
-
-    def value(self, trial: optuna.Trial, plan: Plan, cost: float) -> float:
-        """What the candidate is worth; an estimate where it was given up during its fine-tuning."""
-        if self.candidates.tuning is None:
-            return self.scored(trial, self.candidates.prepare(plan, "quick"), cost)
-        guide = self.guided.guide
-        limit = cost if self.problem.for_front else None
-        watch = Watch(trial, lambda model: self.candidates.score(model, guide, "score"), finished(self.study), limit)
-        try:
-            return self.scored(trial, self.candidates.prepare(plan, "quick", watch), cost)
-        except GivenUp as reason:
-            trial.set_user_attr(STOPPED, reason.step)
-            return reason.value
-
-    def scored(self, trial: optuna.Trial, candidate: nn.Module, cost: float) -> float:
-        """The value of a candidate, estimated from part of the samples where it clearly loses."""
-        if not isinstance(self.guided.guide, SampleScore):
-            return self.candidates.score(candidate, self.guided.guide, "score")
-        raced = self.candidates.race(candidate, self.guided.guide, self.rival(cost))
-        if raced.is_complete:
-            self.samples.append((cost, raced))
-        else:
-            trial.set_user_attr(PARTLY, len(raced.values))
-        return raced.score
-
-    def rival(self, cost: float) -> NDArray[np.float64] | None:
-        """The values by sample of the best candidate so far; along a front, of those that cost no more."""
-        eligible = [raced for own, raced in self.samples if own <= cost or not self.problem.for_front]
-        return max(eligible, key=lambda raced: raced.score).values if eligible else None
-
-
-def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
-    """Let the sampler choose the parameter."""
-    if isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(name, distribution.choices)
-    elif isinstance(distribution, FloatDistribution):
-        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-    else:
-        raise TypeError(f"{name} has a distribution of a kind that no problem has: {distribution}")
 
 
 def _is_given(

@@ -21,10 +21,9 @@ from torch import nn
 
 from ..spaces import Plan, Space
 from ..spaces.devices import device_of
-from ..spaces.errors import SearchError, StorageError
+from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.inputs import Inputs
-from ..spaces.trace import evaluating
-from .candidates import Candidates, Score
+from .candidates import Candidates, Score, score_dense
 from .front import knee, non_dominated, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
@@ -180,10 +179,9 @@ class Judge:
             if function is None or name in known:
                 continue
             try:
-                with evaluating(space.model):
-                    metrics[name] = self.candidates.score(space.model, function, name)
-            except Exception as error:
-                logger.warning("the dense model has no %s: %s: %s", name, type(error).__name__, error)
+                metrics[name] = score_dense(space.model, function, name, self.candidates.autocast)
+            except ConfigError as error:  # must not cost the user the models that were found
+                logger.warning("%s", error)
         return metrics
 
     def _saved(self, entry: Entry, candidate: nn.Module) -> Entry:

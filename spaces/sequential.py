@@ -201,7 +201,7 @@ class _Fit:
     """The normal equations of one consumer in the candidate.
 
     ``rows (n, columns)`` are what it multiplies, ``chosen`` the dense outputs that it still has, ``factors`` what its
-    outputs are scaled by.
+    outputs are scaled by. ``missing (n, out)``: what its outputs lack of the dense ones before it is fitted.
     """
 
     def __init__(
@@ -210,6 +210,8 @@ class _Fit:
         self.call, self.target, self.rows, self.chosen, self.factors = call, target, rows, chosen, factors
         self.is_centred = call.bias is not None or target.is_normalised
         self.means = rows.mean(0) if self.is_centred else rows.new_zeros(rows.shape[1])
+        self.weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float().clone()
+        self.bias = None if call.bias is None else call.bias.detach().float().clone()
 
     @cached_property
     def spread(self) -> torch.Tensor:
@@ -225,37 +227,46 @@ class _Fit:
 
     def solve(self) -> None:
         """Set the weight and the bias for which the outputs are nearest to the dense ones."""
-        call = self.call
         with exactly(self.rows):
             wanted = self.scaled(self.target.outputs[:, self.chosen].float())
-            residual = wanted - self.rows @ matrix(call.weight.detach(), call.in_dim, call.out_dim).float().T
-            if call.bias is not None:
-                residual -= call.bias.detach().float()
-            self.moment = residual.new_zeros(residual.shape[1], dtype=torch.float64)
-            if residual.square().sum() > NEGLIGIBLE * wanted.square().sum():
-                self._apply(residual)
+            self.missing = wanted - self.rows @ self.weight.T
+            if self.bias is not None:
+                self.missing -= self.bias
+            if self.missing.square().sum() > NEGLIGIBLE * wanted.square().sum():
+                self._fit()
 
     def correct(self, missing: torch.Tensor) -> None:
-        """Make the outputs come nearer to what they are plus ``missing (n, out)``."""
+        """Make the outputs come nearer to the dense ones plus ``missing (n, out)``."""
         with exactly(self.rows):
-            self._apply(self.scaled(missing))
+            self.missing = self.missing + self.scaled(missing)
+            self._fit()
 
     def scaled(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs if self.factors is None else outputs * self.factors
 
-    def _apply(self, residual: torch.Tensor) -> None:
+    def _fit(self) -> None:
         call, (cholesky, added) = self.call, self.gram
+        mean = self.missing.mean(0)
         # Centred rows need no centred residual but for rounding, which a large constant would multiply.
-        mean = residual.mean(0)
-        moment = (self.spread.T @ (residual - mean if self.is_centred else residual)).double() + self.moment
+        residual = self.missing - mean if self.is_centred else self.missing
+        moment = (self.spread.T @ residual).double()
         change = torch.cholesky_solve(moment, cholesky)
-        self.moment = added * change  # what of the moment is left
-        difference = change.float().T
-        weight = matrix(call.weight.detach(), call.in_dim, call.out_dim).float() + difference
-        call.weight.data.copy_(tensor_like(weight, call.weight, call.in_dim, call.out_dim))
-        if call.bias is not None:
-            call.bias.data.add_((mean - difference @ self.means).to(call.bias.dtype))
+        explained = float((change * (moment + added * change)).sum())
+        share = reliable_share(float(residual.square().sum()), explained, *self.rows.shape)
+        difference = share * change.float().T
+        call.weight.data.copy_(tensor_like(self.weight + difference, call.weight, call.in_dim, call.out_dim))
+        if call.bias is not None and self.bias is not None:
+            call.bias.data.copy_((self.bias + mean - difference @ self.means).to(call.bias.dtype))
         torch.clear_autocast_cache()  # it holds the weight as it was
+
+
+def reliable_share(energy: float, explained: float, rows: int, columns: int) -> float:
+    """The part of a least-squares fit that is not noise of its targets: with ``columns`` inputs and few ``rows`` it has
+    ``explained`` some of their ``energy`` by chance. The positive part estimator of James and Stein (1961).
+    """
+    freedom = min(columns / rows, 0.5)
+    noise = max(energy - explained, 0.0) * freedom / (1 - freedom)
+    return max(0.0, 1 - noise / explained) if explained > 0 else 0.0
 
 
 class _Refitter(_Follower):

@@ -391,3 +391,26 @@ def test_lost_outputs_of_groups_that_no_single_consumer_has_are_unknown():
     known = dict(zip(space.dimensions, space.lost_outputs(), strict=True))
     assert known["up"] is not None and len(known["up"]) == 33
     assert any(curve is None for curve in known.values())
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(0.0, 0.0, 0.2), (0.7, 0.5, 0.85), (30.0, 0.99, 1.0)])
+def test_fits_are_shortened_by_their_noise_and_predict_better(strength, low, high):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, outputs = 400, 100, 30
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, truth = drawn(rows, columns), strength * drawn(columns, outputs) / 10
+    wanted = x @ truth + drawn(rows, outputs)
+    fitted = torch.linalg.lstsq(x, wanted).solution
+    share = sequential.reliable_share(float(wanted.square().sum()), float((x @ fitted).square().sum()), rows, columns)
+    assert low <= share <= high
+    unseen = drawn(5000, columns)
+    error, shortened = ((unseen @ (truth - f * fitted)).square().mean() for f in (1.0, share))
+    assert shortened < error * 1.001
+
+
+def test_a_fit_that_explains_nothing_is_dropped_and_one_without_noise_kept():
+    assert sequential.reliable_share(0.0, 0.0, 100, 10) == 0.0
+    assert sequential.reliable_share(1.0, 1.0, 4, 10) == 1.0
