@@ -135,7 +135,7 @@ def search(
     bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
         with bar or nullcontext():
-            prepared.run.trials(n_trials, timeout_s, patience, [*callbacks, *([bar] if bar else [])])
+            prepared.loop.trials(n_trials, timeout_s, patience, [*callbacks, *([bar] if bar else [])])
             if before_judging is not None:
                 before_judging()
             return prepared.collected(test, finalists, judging or (bar.judging if bar else None), dense)
@@ -153,7 +153,7 @@ def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
     given = {**_defaults(), **options, "model": model, "example_inputs": example_inputs}
     prepared = _prepared(given, joins=True)
     try:
-        prepared.run.trials(given["n_trials"], given["timeout_s"], given["patience"], given["callbacks"])
+        prepared.loop.trials(given["n_trials"], given["timeout_s"], given["patience"], given["callbacks"])
     except OSError as error:
         raise _no_room(prepared.store.run_dir, error) from error
 
@@ -174,14 +174,14 @@ def _no_room(run_dir: Path, error: OSError) -> StorageError:
 class _Prepared:
     """A search that is ready to run: the same in every process that works on it."""
 
-    run: Loop
+    loop: Loop
     store: Store
     inputs: Inputs
     timing: Timing | None
     has_budget: bool
 
     def bar(self, n_trials: int) -> SearchProgress:
-        problem = self.run.problem
+        problem = self.loop.problem
         known = {} if problem.latency is None else {LATENCY_MS: problem.latency.dense_ms}
         return SearchProgress(n_trials, problem.objective, asdict(problem.space.dense_cost) | known)
 
@@ -194,27 +194,27 @@ class _Prepared:
         found = {**known_dense(self.store.run_dir), **(known or {})}
         if score is None or "score" in found:
             return found
-        candidates = self.run.candidates
+        candidates = self.loop.candidates
         return {**found, "score": score_dense(candidates.space.model, score, "score", candidates.autocast)}
 
     def collected(
         self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any]
     ) -> Result:
         """The front, judged by this process while the others are done."""
-        run, limits = self.run, self.run.problem.limits
+        loop, limits = self.loop, self.loop.problem.limits
         verification = None
         if self.timing is not None:
             verification = Verification(self.timing, limits.values[LATENCY_COLUMN], self.inputs)
-        judge = Judge(run.candidates, run.guided, self.inputs, test, verification)
-        keep_copy(run.study, self.store)
+        judge = Judge(loop.candidates, loop.guided, self.inputs, test, verification)
+        keep_copy(loop.study, self.store)
         return collect(
             self.store.run_dir,
-            run.study,
+            loop.study,
             judge,
-            run.problem.objective,
+            loop.problem.objective,
             self.has_budget,
             finalists,
-            run.reason,
+            loop.reason,
             judging,
             dense,
         )
@@ -258,8 +258,8 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
     fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
     study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
-    run = Loop(problem, candidates, study, guided, earlier, joins)
-    return _Prepared(run, store, inputs, timing, bool(budget))
+    loop = Loop(problem, candidates, study, guided, earlier, joins)
+    return _Prepared(loop, store, inputs, timing, bool(budget))
 
 
 def _fresh_run_dir() -> Path:
