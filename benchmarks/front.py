@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ class Scored:
 
     def ready(self, cut: float) -> tuple[float, Callable[[], nn.Module]]:
         """When there is a front with it, and the model, for a front after ``cut`` seconds."""
-        affordable = [r for r in self.repairs if len(BUDGETS) * r[0] <= cut / 3] or [self.repairs[-1]]
-        seconds, build = affordable[0]
+        affordable = (r for r in self.repairs if len(BUDGETS) * r[0] <= cut / 3)
+        seconds, build = next(affordable, self.repairs[-1])
         return self.seconds + len(BUDGETS) * seconds, build
 
 
@@ -99,7 +100,8 @@ def searched_front(task: Task, model: nn.Module, name: str, seconds: float, seed
 
     def scored(trial: optuna.trial.FrozenTrial) -> Scored:
         share = trial.user_attrs["costs"]["macs"] / space.dense_cost.macs
-        repairs = [(s, lambda e=effort: space.apply(planned(space, trial), e)) for effort, s in efforts.items()]
+        plan = planned(space, trial)
+        repairs = [(s, partial(space.apply, plan, effort)) for effort, s in efforts.items()]
         return Scored(ends[trial.number], share, trial.values[0], repairs)
 
     return [scored(trial) for trial in trials]
@@ -114,8 +116,7 @@ def uniform_front(task: Task, model: nn.Module, seconds: float) -> list[Scored]:
         plan = prunefront.project(space, {"macs": f"{100 * budget}%"})
         space.apply(plan)
         share = space.cost(plan).macs / space.dense_cost.macs
-        built = [(0.0, lambda plan=plan: space.apply(plan))]  # type: ignore[misc]
-        found.append(Scored(time.perf_counter() - started, share, share, built))
+        found.append(Scored(time.perf_counter() - started, share, share, [(0.0, partial(space.apply, plan))]))
         if found[-1].seconds > seconds:
             break
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.postgresql import free_port
 
 START_S = 60
 
@@ -26,9 +27,7 @@ def mariadb() -> Iterator[tuple[str, Callable[[], None]]]:
     server, install = _program("mariadbd"), _program("mariadb-install-db")
     assert server is not None and install is not None, "MariaDB is not installed (Debian: apt install mariadb-server)"
     folder = Path(tempfile.mkdtemp(prefix="mariadb-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     user = ["--user=mysql"] if os.geteuid() == 0 else []  # the server refuses to run as root
     if user:
         shutil.chown(folder, "mysql")

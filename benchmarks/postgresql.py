@@ -12,6 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+def free_port() -> int:
+    """One of loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def programs() -> Path | None:
     """The folder of the newest version that is installed."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -28,9 +35,7 @@ def postgresql(*options: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if os.geteuid() == 0:  # the server refuses to run as root
         shutil.chown(folder, "postgres")
         as_user = ["runuser", "-u", "postgres", "--"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     data = str(folder / "data")
     settings = ["listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", *options]
 

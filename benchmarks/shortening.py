@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from unittest import mock
 
 import numpy as np
 
@@ -48,17 +49,16 @@ def main() -> None:
     candidates = Candidates(space, task.autocast)
     guide = guidance(space, task.score, "fidelity", task.autocast).guide
     assert isinstance(guide, SampleScore)
-    shortened = sequential.reliable_share
     print("| MACs | plan | effort | fits | divergence | test, % | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for budget in map(float, options.budgets.split(",")):
         for name, plan in plans_of(space, budget).items():
             for effort in sequential.EFFORTS:
                 space.apply(plan, effort)  # targets are recorded once
-                for fits, share in (("whole", lambda *_: 1.0), ("shortened", shortened)):
-                    sequential.reliable_share = share  # type: ignore[assignment]
+                for fits, share in (("whole", lambda *_: 1.0), ("shortened", sequential.reliable_share)):
                     started = time.perf_counter()
-                    candidate = space.apply(plan, effort)
+                    with mock.patch.object(sequential, "reliable_share", share):
+                        candidate = space.apply(plan, effort)
                     seconds = time.perf_counter() - started
                     divergence = -candidates.race(candidate, guide, None).score
                     cells = f"{divergence:.3f} | {test_accuracy(task, candidate):.2f} | {seconds:.1f}"

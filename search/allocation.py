@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,11 +124,10 @@ class AllocationSampler(BaseSampler):
 
         Other plans that were given have no place; along a front none has, since their costs are others.
         """
-        given = list(itertools.takewhile(lambda t: GIVEN in t.system_attrs, trials))
-        own = [t.number for t in trials[len(given) :] if GIVEN not in t.system_attrs]
-        if self.problem.for_front or not given:
-            return {number: place for place, number in enumerate(own)}
-        return {given[0].number: 0} | {number: place for place, number in enumerate(own, 1)}
+        own = [t.number for t in trials if GIVEN not in t.system_attrs]
+        is_centre_given = not self.problem.for_front and GIVEN in trials[0].system_attrs
+        places = {number: place for place, number in enumerate(own, int(is_centre_given))}
+        return {trials[0].number: 0} | places if is_centre_given else places
 
     def _cost_share(self, place: int) -> float:
         return self._middle if place < self._round else self.problem.spread_cost_share(self.seed + place)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,21 +74,25 @@ def parse_budget(
     return Limits(tuple(limits))
 
 
+def first_key(budget: Mapping[str, Any]) -> str:
+    """Of the cost that a front trades against the score: macs without a budget."""
+    return next(iter(budget), "macs")
+
+
 def parse_lowest(
     lowest: str | float, budget: Mapping[str, str | float], dense: Cost, dense_ms: float | None = None
-) -> float:
-    """The share of the dense cost that ``lowest`` is, in the terms of the first key of ``budget``, macs without one.
+) -> Limits:
+    """The lower end of a front, ``lowest``, given as the first key of ``budget`` is.
 
     Raises:
         BudgetError: it cannot be read, or is not below the budget.
     """
-    key = next(iter(budget), "macs")
-    ends = [parse_budget({key: text}, dense, dense_ms=dense_ms).values for text in (lowest, budget.get(key, "100%"))]
-    low, high = (min(values) for values in ends)  # one value of each is finite
-    if low >= high:
-        raise BudgetError(f"lowest={lowest} is not below the budget {key}={budget.get(key, '100%')}")
-    totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes, 1.0)
-    return low / totals[LATENCY_COLUMN if key == LATENCY else KEYS[key][0]]
+    key = first_key(budget)
+    highest = budget.get(key, "100%")
+    low, high = (parse_budget({key: text}, dense, dense_ms=dense_ms) for text in (lowest, highest))
+    if min(low.values) >= min(high.values):  # one value of each is finite
+        raise BudgetError(f"lowest={lowest} is not below the budget {key}={highest}")
+    return low
 
 
 def _latency_ratio(text: str | float, dense_ms: float | None) -> float:

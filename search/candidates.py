@@ -67,6 +67,11 @@ class Candidates:
         with self.timer.part(name), precision(model, self.autocast):
             return checked_score(function(model), name)
 
+    def score_dense(self, function: Score, name: str) -> float:
+        """Of the dense model, see :func:`score_dense`."""
+        with self.timer.part(name):
+            return score_dense(self.space.model, function, name, self.autocast)
+
 
 def score_dense(model: nn.Module, function: Score, name: str, autocast: torch.dtype | None) -> float:
     """What ``function`` gives for the dense model, in evaluation mode.

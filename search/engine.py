@@ -24,11 +24,11 @@ from ..spaces.errors import ConfigError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
 from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget, parse_lowest
-from .candidates import Candidates, Score, score_dense
+from .candidates import Candidates, Score
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
 from .loop import Callback, Loop
-from .problem import LATENCY_MS, SMALLEST_SHARE, Problem, objective_of
+from .problem import LATENCY_MS, Problem, objective_of
 from .progress import SearchProgress
 from .result import Judge, Judging, Result, Verification, collect, known_dense
 from .samplers import make_sampler
@@ -194,8 +194,7 @@ class _Prepared:
         found = {**known_dense(self.store.run_dir), **(known or {})}
         if score is None or "score" in found:
             return found
-        candidates = self.loop.candidates
-        return {**found, "score": score_dense(candidates.space.model, score, "score", candidates.autocast)}
+        return {**found, "score": self.loop.candidates.score_dense(score, "score")}
 
     def collected(
         self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any]
@@ -230,16 +229,12 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     if timing is not None:
         timing.check(model, inputs)
     space = _space_of(given)
-    limits, latency = _limits_of(given, space, inputs)
+    limits, lowest, latency = _limits_of(given, space, inputs)
     if not space.repairs_nothing_by_choice:
         check_calibration(model, space.calibration)
     guided = guidance(space, given["score"], given["guide"], given["autocast"])
     run_dir = _fresh_run_dir() if given["run_dir"] is None else Path(given["run_dir"])
     store = Store(run_dir, given["storage"])
-    lowest = SMALLEST_SHARE
-    if given["lowest"] is not None:
-        dense_ms = None if latency is None else latency.dense_ms
-        lowest = parse_lowest(given["lowest"], budget, space.dense_cost, dense_ms)
     problem = Problem(space, limits, objective_of(budget), mode == "front", latency, lowest)
     header = _header(given, problem, guided, store)
     earlier = read_earlier(given["warm_start"], problem, header)
@@ -293,20 +288,25 @@ def _space_of(given: Mapping[str, Any]) -> Space:
     return space
 
 
-def _limits_of(given: Mapping[str, Any], space: Space, inputs: Inputs) -> tuple[Limits, LatencyModel | None]:
-    """The limits, and the latency model, which is measured where it is needed and not given."""
-    budget, latency, timing = given["budget"] or {}, given["latency"], given["timing"]
+def _limits_of(
+    given: Mapping[str, Any], space: Space, inputs: Inputs
+) -> tuple[Limits, Limits | None, LatencyModel | None]:
+    """The limits, the lower end of a front that is asked for, and the latency model, which is measured where it is
+    needed and not given."""
+    budget, lowest, latency, timing = given["budget"] or {}, given["lowest"], given["latency"], given["timing"]
     may_be_empty = given["mode"] == "front"
     parse_budget(budget, space.dense_cost, may_be_empty)  # a typing error is told before anything is measured
     if LATENCY in budget and latency is None:
         if timing is None:
             raise ConfigError("a latency budget needs timing=, the target to measure on")
         latency = timing.model(space, inputs, budget=None if may_be_empty else budget)
-    limits = parse_budget(budget, space.dense_cost, may_be_empty, None if latency is None else latency.dense_ms)
+    dense_ms = None if latency is None else latency.dense_ms
+    limits = parse_budget(budget, space.dense_cost, may_be_empty, dense_ms)
     check_reachable(space, limits)
     if latency is not None:
         check_latency(latency, limits.values[LATENCY_COLUMN])
-    return limits, latency
+    low = None if lowest is None else parse_lowest(lowest, budget, space.dense_cost, dense_ms)
+    return limits, low, latency
 
 
 def _header(given: Mapping[str, Any], problem: Problem, guided: Guidance, store: Store) -> dict[str, Any]:

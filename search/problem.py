@@ -12,7 +12,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from ..spaces import Plan, Space
-from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits
+from .budget import KEYS, LATENCY, LATENCY_COLUMN, Limits, first_key
 from .coordinates import Coordinates
 from .latency import LatencyModel
 from .projection import Projector, named_widths
@@ -36,8 +36,8 @@ COLUMNS = ("macs", "params", "memory_bytes", "size_bytes", LATENCY_MS)
 class Problem:
     """One share a dimension of ``space``, projected onto ``limits``.
 
-    ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at, ``lowest`` at least, is one
-    more parameter, and so is the criterion where the space has several.
+    ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at, ``lowest`` or
+    :data:`SMALLEST_SHARE` at least, is one more parameter, and so is the criterion where the space has several.
     """
 
     space: Space
@@ -45,7 +45,7 @@ class Problem:
     objective: str
     for_front: bool = False
     latency: LatencyModel | None = None
-    lowest: float = SMALLEST_SHARE
+    lowest: Limits | None = None
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -93,9 +93,10 @@ class Problem:
     @cached_property
     def cost_shares(self) -> tuple[float, float]:
         """The range of the share of the dense cost."""
-        _, dense, smallest = self._bounds
-        highest = min(1.0, self.limits.values[self._column] / dense)
-        return min(max(self.lowest, smallest / dense), highest), highest
+        column, dense, smallest = self._bounds
+        highest = min(1.0, self.limits.values[column] / dense)
+        lowest = SMALLEST_SHARE if self.lowest is None else self.lowest.values[column] / dense
+        return min(max(lowest, smallest / dense), highest), highest
 
     def spread_cost_share(self, number: int) -> float:
         """Numbers that fill the range of the share, however many: a golden section sequence on its logarithm."""
@@ -129,5 +130,5 @@ class Problem:
 
 def objective_of(budget: Mapping[str, Any] | None) -> str:
     """The cost that the front trades against the score: that of the first budget, macs without one."""
-    first = next(iter(budget)) if budget else "macs"
+    first = first_key(budget or {})
     return LATENCY_MS if first == LATENCY else COLUMNS[KEYS[first][0]]

@@ -23,7 +23,7 @@ from ..spaces import Plan, Space
 from ..spaces.devices import device_of
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.inputs import Inputs
-from .candidates import Candidates, Score, score_dense
+from .candidates import Candidates, Score
 from .front import knee, non_dominated, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
@@ -179,7 +179,7 @@ class Judge:
             if function is None or name in known:
                 continue
             try:
-                metrics[name] = score_dense(space.model, function, name, self.candidates.autocast)
+                metrics[name] = self.candidates.score_dense(function, name)
             except ConfigError as error:  # must not cost the user the models that were found
                 logger.warning("%s", error)
         return metrics

@@ -1,7 +1,6 @@
 """Optuna's dashboard on a run, asked as a browser asks it."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -10,14 +9,13 @@ import urllib.request
 
 import pytest
 
+from benchmarks.postgresql import free_port
 from prunefront.search.study import finished, read_study
 
 
 def test_the_dashboard_shows_plans_costs_and_constraints(digits_run):
     pytest.importorskip("optuna_dashboard")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "prunefront", "dashboard", str(digits_run), "host=127.0.0.1", f"port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

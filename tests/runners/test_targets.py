@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.postgresql import free_port
 from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget, exporting, process
 from prunefront.runners.targets import ssh as ssh_module
 from prunefront.search import protocol
@@ -71,9 +72,7 @@ def sshd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (folder / "authorized").write_text((folder / "user.pub").read_text())
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"

@@ -18,7 +18,7 @@ from torch import nn
 
 import prunefront
 from benchmarks.mariadb import is_installed, mariadb
-from benchmarks.postgresql import postgresql, programs
+from benchmarks.postgresql import free_port, postgresql, programs
 from prunefront.search.engine import work
 from prunefront.search.liveness import OTHER_HOST_S, UNSIGNED_S, WORKER, is_alive, is_stale, this_process
 from prunefront.search.study import DRIVERS, Store, finished, join_study, open_study, read_study, release_stale
@@ -182,9 +182,7 @@ run_grpc_proxy_server(JournalStorage(JournalFileBackend(sys.argv[1])), host="127
 
 def test_a_search_and_its_workers_share_a_study_behind_a_proxy(tmp_path):
     pytest.importorskip("grpc")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-c", PROXY, str(tmp_path / "behind.journal"), str(port)])
     try:
         url = f"grpc://127.0.0.1:{port}"
