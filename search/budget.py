@@ -89,7 +89,11 @@ def parse_lowest(
     """
     key = first_key(budget)
     highest = budget.get(key, "100%")
-    low, high = (parse_budget({key: text}, dense, dense_ms=dense_ms) for text in (lowest, highest))
+    try:
+        low = parse_budget({key: lowest}, dense, dense_ms=dense_ms)
+    except BudgetError as error:
+        raise BudgetError(f"lowest={lowest}: {error}") from None
+    high = parse_budget({key: highest}, dense, dense_ms=dense_ms)
     if min(low.values) >= min(high.values):  # one value of each is finite
         raise BudgetError(f"lowest={lowest} is not below the budget {key}={highest}")
     return low
