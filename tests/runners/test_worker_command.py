@@ -24,7 +24,7 @@ def test_workers_share_the_trials_of_a_search(tmp_path, monkeypatch, capsys):
     trials = finished(read_study(tmp_path / "runs/a"))
     assert len({t.user_attrs[WORKER]["pid"] for t in trials}) == 2
     values = {}
-    for trial in trials:
+    for trial in (t for t in trials if "samples" not in t.user_attrs):  # estimates from part of them may differ
         values.setdefault(trial.user_attrs["plan"]["fingerprint"], set()).add(trial.values[0])
     assert all(len(found) == 1 for found in values.values())
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["picked"]
