@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +29,7 @@ from .experiments import command as experiment
 from .exporting.command import command as export
 from .finetuning.command import command as finetune
 from .mistakes import check_complete, explained
-from .overrides import POSITIONAL, prepare_overrides
+from .overrides import POSITIONAL, forget_options, prepare_overrides
 from .rounds import command as rounds
 from .workers import command as worker
 
@@ -112,6 +115,8 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
         except BrokenPipeError:
             _output_is_closed()
         except PrunefrontError as error:
+            if HydraConfig.get().mode != RunMode.MULTIRUN:  # whose table tells of jobs without a result
+                forget_options(Path(HydraConfig.get().runtime.output_dir))
             failed.append(_report_error(error, debug))
             if os.getpid() != own_process:  # of a launcher, which tells this one
                 raise

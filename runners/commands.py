@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from torch import nn
 
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
+from ..search.budget import check_lowest
 from ..search.candidates import score_dense
 from ..search.engine import check_options
 from ..search.fitting import described_error
+from ..search.guidance import FIDELITY
 from ..search.latency import LatencyModel
 from ..search.measurement import Settings
 from ..search.problem import objective_of
@@ -44,7 +47,8 @@ from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .modules import look_in_current_folder
-from .overrides import to_be_repeated
+from .overrides import keep_options, to_be_repeated
+from .picking import picked_by
 from .report import write_report
 from .runs import read_run
 from .tasks import Task
@@ -67,8 +71,8 @@ def search(config: DictConfig) -> float:
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
-    result = searched(config, budget, task, run_dir, config.start)
-    show_result(result, task, read_run(run_dir)["dense"])
+    result = searched(config, budget, task, run_dir, config.start, partial(keep_options, run_dir, config))
+    show_result(result, read_run(run_dir), bool(budget))
     return result.best.metrics["score"]
 
 
@@ -80,6 +84,8 @@ def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
     """
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)
     check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest)
+    if config.lowest is not None:
+        check_lowest(config.lowest, budget)
     if "latency" in budget and "_target_" not in config.target:
         raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
     if isinstance(config.sampler, str):
@@ -98,13 +104,21 @@ def output_folder() -> Path:
 
 
 def searched(
-    config: DictConfig, budget: dict[str, str], task: Task, run_dir: Path, start: str | Path | None = None
+    config: DictConfig,
+    budget: dict[str, str],
+    task: Task,
+    run_dir: Path,
+    start: str | Path | None,
+    keep: Callable[[], None],
 ) -> Result:
     """Search in ``run_dir``, with latency measured where the budget or the target asks for it, and write the report.
 
-    ``start``: a saved model that takes the place of the task's.
+    ``start``: a saved model that takes the place of the task's. ``keep`` writes down the options: at once in an
+    empty folder, elsewhere when the search there is known to be this one.
     """
     began = time.monotonic()
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        keep()
     with console.status("preparing the dense model"):
         space, dense = prepare(task, config, run_dir, start)
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
@@ -121,7 +135,7 @@ def searched(
         console.print(described, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
         write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same
-    result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency)
+    result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency, keep)
     write_report(run_dir)
     return result
 
@@ -135,14 +149,25 @@ def tracked_search(
     run_dir: Path,
     timing: Timing | None,
     latency: LatencyModel | None,
+    keep: Callable[[], None],
 ) -> Result:
     """Search with a progress bar and the tracker of ``config``."""
     objective = objective_of(budget)
     tracker = Guarded(hydra.utils.instantiate(config.tracker))
-    tracker.start(plain(config), run_dir, dense, objective)
+    bar = SearchProgress(config.n_trials, objective, dense, console)
     result = None
+
+    def begin(study: optuna.Study) -> None:
+        keep()
+        bar.begin(study)
+        if study.metric_names and study.metric_names[0] == FIDELITY:
+            told = "trials are told the fidelity: minus the divergence from the dense outputs, 0 is the same"
+            console.print(
+                told if task.score is None else f"{told}; the best get the score", style="dim", highlight=False
+            )
+        tracker.start(plain(config), run_dir, dense, objective)
+
     try:
-        bar = SearchProgress(config.n_trials, objective, dense, console)
         with beside(config.workers, run_dir, devices_of(config)) as others, bar as progress:
             result = run_search(
                 space.model,
@@ -155,6 +180,7 @@ def tracked_search(
                 timing=timing,
                 latency=latency,
                 callbacks=(progress, tracker.trial),
+                before_trials=begin,
                 before_judging=others.end,
                 judging=progress.judging,
             )
@@ -253,6 +279,7 @@ def prepare(
     if start is not None:
         described_task["start"] = str(start)
     folder, described = run_dir / "dense", json.dumps(described_task, sort_keys=True)
+    name = FIDELITY if task.score is None else task.score_name
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
@@ -263,12 +290,10 @@ def prepare(
     space = discover_for(task, model, config)
     if kept is None:
         metrics = {**asdict(space.dense_cost), **dense_scores(task, model)}
-        save_model(
-            folder, model, None, {**metrics, "task": described, "score_name": task.score_name}, task.example_inputs
-        )
+        save_model(folder, model, None, {**metrics, "task": described, "score_name": name}, task.example_inputs)
     else:
         metrics = {key: value for key, value in kept.items() if key != "task"}
-    return space, {**metrics, "score_name": task.score_name}
+    return space, {**metrics, "score_name": name}
 
 
 def kept_model(folder: Path, task: Task, start: str | Path | None) -> nn.Module:
@@ -305,9 +330,11 @@ def dense_scores(task: Task, model: nn.Module) -> dict[str, float]:
     }
 
 
-def show_result(result: Result, task: Task, dense: dict[str, Any]) -> None:
+def show_result(result: Result, run: Mapping[str, Any], has_budget: bool) -> None:
     rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
-    console.print(front_table(rows, result.best.name, dense, task.score_name))
+    console.print(front_table(rows, result.best.name, run["dense"], run["score_name"], picked_by(has_budget)))
+    for remark in result.remarks:
+        console.print(remark, style="dim", highlight=False, soft_wrap=True)
     total = sum(result.seconds.values()) or 1.0
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in result.seconds.items())
     console.print(f"{total:.1f} s: {parts}", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -9,9 +10,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from ..search.saved import write_text
 from ..spaces.errors import ConfigError, StorageError
 
 #: These take a run as their first argument.
@@ -27,7 +30,7 @@ OPEN_KEYS = (
     *("task.config.", "task.train.", "task.search.", "task.test."),
 )
 #: Options as other programs have them, with dashes; and those of ours and Hydra's that are written so.
-_DASHED = re.compile(r"--([a-z_][\w.]*)(?:=.*)?", re.DOTALL)
+_DASHED = re.compile(r"--([a-z_][\w.-]*)(?:=.*)?", re.DOTALL)
 FLAGS = ("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra")
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
@@ -38,7 +41,7 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     overrides = list(arguments)
     for dashed in filter(None, map(_DASHED.fullmatch, overrides)):
         if f"--{dashed[1]}" not in FLAGS:
-            raise ConfigError(f"options are written without dashes: {dashed[1]}=...")
+            raise ConfigError(f"options are written without dashes: {dashed[1].replace('-', '_')}=...")
     if name in POSITIONAL:
         overrides = _with_runs(name, overrides)
     if "--json" in overrides:
@@ -114,6 +117,27 @@ def to_be_repeated(run_dir: Path) -> list[str]:
     """What the user must say again to continue the run: what names code."""
     stored = _stored_overrides(run_dir)
     return [override for override in stored if key_of(override) != "run_dir" and not _is_harmless(override, stored)]
+
+
+def keep_options(run_dir: Path, config: DictConfig) -> None:
+    """Write ``.hydra`` as Hydra does, which itself would do so before a run can be refused as another search's."""
+    folder, hydra_config = run_dir / ".hydra", HydraConfig.instance().cfg
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_text(folder / "hydra.yaml", OmegaConf.to_yaml(hydra_config))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
+
+
+def forget_options(run_dir: Path) -> None:
+    """Remove the folder of a run that has nothing but its options, or not even these."""
+    folder = run_dir / ".hydra"
+    if run_dir == Path.cwd() or not run_dir.is_dir() or any(path != folder for path in run_dir.iterdir()):
+        return
+    for path in folder.glob("*.yaml"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # something else is there: it stays
+        for empty in filter(Path.exists, (folder, run_dir)):
+            empty.rmdir()
 
 
 def _of_the_search(overrides: Sequence[str]) -> list[str]:

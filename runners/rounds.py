@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .commands import chosen_budget, discover_for, make_task, output_folder, sea
 from .devices import placed, use_device
 from .display import console, errors, finetuned_table, show_load
 from .finetuning.command import got_worse, trained
+from .overrides import keep_options
 from .runs import read_run
 
 #: The costs that rounds approach, with their places in a cost.
@@ -45,7 +47,7 @@ def command(config: DictConfig) -> None:
     for number, limits in enumerate(budgets(budget, dense, config.rounds), 1):
         folder = run_dir / f"round{number}"
         console.print(f"round {number} of {config.rounds}: {described(limits, dense)}", style="bold")
-        result = searched(config, limits, task, folder, start)
+        result = searched(config, limits, task, folder, start, partial(keep_options, run_dir, config))
         picked = result.best.name
         (found,) = trained(config, task, folder, [picked], history).values()
         history.append(

@@ -14,7 +14,7 @@ from ..spaces.errors import SearchError, StorageError
 from .check import check_model
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
 from .modules import import_modules
-from .picking import best, given_limits, picked, picks, within
+from .picking import best, given_limits, picked, picked_by, picks, within
 from .report import write_report
 from .runs import (
     DENSE,
@@ -40,7 +40,8 @@ def front(config: DictConfig) -> None:
         kept = {key: [entry for entry in run[key] if entry in entries] for key in ("front", "finetuned")}
         print(json.dumps({"picked": name, **kept, "dense": run["dense"]}, indent=1))
         return
-    console.print(front_table(entries, name, run["dense"], run["score_name"]))
+    rule = picked_by(bool(budget or run["space"]["search"]["budget"]))
+    console.print(front_table(entries, name, run["dense"], run["score_name"], rule))
     show_load(folder_of(run_dir, name))
 
 

@@ -22,6 +22,8 @@ _SECONDS = {"ms": 1.0, "s": 1e3, "us": 1e-3}
 _COUNTS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+#: What people write for two ends: 30%..70%, 30-70%.
+_RANGE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z%]*?)\s*(?:\.\.+|-|:|to)\s*([0-9]*\.?[0-9]+)\s*([A-Za-z%]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def parse_budget(
     totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes)
     limits = [math.inf] * (len(totals) + 1)
     for key, text in budget.items():
+        _check_one_end(key, text)
         if key == LATENCY:
             limits[LATENCY_COLUMN] = _latency_ratio(text, dense_ms)
             continue
@@ -72,6 +75,15 @@ def parse_budget(
         column, scale = KEYS[key]
         limits[column] = min(limits[column], _limit(key, text, totals[column], scale))
     return Limits(tuple(limits))
+
+
+def _check_one_end(key: str, text: str | float) -> None:
+    ends = None if _NUMBER.fullmatch(str(text)) else _RANGE.fullmatch(str(text))
+    if ends is not None:
+        low, high = ends[1] + (ends[2] or ends[4]), ends[3] + ends[4]
+        raise BudgetError(
+            f"budget {key}={text!r} has two ends: that is mode=front with the budget {key}={high} and lowest={low}"
+        )
 
 
 def first_key(budget: Mapping[str, Any]) -> str:
@@ -89,14 +101,42 @@ def parse_lowest(
     """
     key = first_key(budget)
     highest = budget.get(key, "100%")
-    try:
-        low = parse_budget({key: lowest}, dense, dense_ms=dense_ms)
-    except BudgetError as error:
-        raise BudgetError(f"lowest={lowest}: {error}") from None
+    low = _read_lowest(lowest, key, dense, dense_ms)
     high = parse_budget({key: highest}, dense, dense_ms=dense_ms)
     if min(low.values) >= min(high.values):  # one value of each is finite
         raise BudgetError(f"lowest={lowest} is not below the budget {key}={highest}")
     return low
+
+
+def check_lowest(lowest: str | float, budget: Mapping[str, str | float]) -> None:
+    """What can be said of the lower end of a front without a model. Raises BudgetError."""
+    key, of_one = first_key(budget), Cost(1, 1, 1, 1)
+    if _is_share(lowest) == _is_share(budget.get(key, "100%")):
+        parse_lowest(lowest, budget, of_one, dense_ms=1.0)
+    else:
+        _read_lowest(lowest, key, of_one, dense_ms=1.0)
+
+
+def _read_lowest(lowest: str | float, key: str, dense: Cost, dense_ms: float | None) -> Limits:
+    try:
+        return parse_budget({key: lowest}, dense, dense_ms=dense_ms)
+    except BudgetError as error:
+        raise BudgetError(f"lowest={lowest}: {error}") from None
+
+
+def check_lowest_reachable(space: Space, lowest: str | float, low: Limits) -> None:
+    """Raises BudgetError for a number, alone or with a unit, below whatever the space has: mostly a share was meant."""
+    smallest = space.cost_batch(space.smallest_widths()[None])[0]
+    if not _is_share(lowest) and (np.array(low.values[: len(smallest)]) < smallest).any():
+        least = smallest[int(np.argmin(low.values[: len(smallest)]))]
+        raise BudgetError(
+            f"lowest={lowest} is below the smallest candidate in this space, which has {least:,.0f}"
+            + ("; write a share of the dense model's with %" if re.fullmatch(r"[\d.]+", str(lowest)) else "")
+        )
+
+
+def _is_share(text: str | float) -> bool:
+    return "%" in str(text)
 
 
 def _latency_ratio(text: str | float, dense_ms: float | None) -> float:

@@ -87,9 +87,11 @@ def score_dense(model: nn.Module, function: Score, name: str, autocast: torch.dt
 
 
 def checked_score(value: Any, name: str) -> float:
-    """``value`` as a finite float."""
+    """``value``, a number or a tensor without dimensions, as a finite float."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        raise TypeError(f"{name} must return a number, not {type(value).__name__}; for a tensor use .item()")
+        raise TypeError(f"{name} must return one number, not {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} returned {value}")
     return float(value)

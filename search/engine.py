@@ -23,7 +23,16 @@ from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
-from .budget import LATENCY, LATENCY_COLUMN, Limits, check_reachable, parse_budget, parse_lowest
+from .budget import (
+    LATENCY,
+    LATENCY_COLUMN,
+    Limits,
+    check_lowest,
+    check_lowest_reachable,
+    check_reachable,
+    parse_budget,
+    parse_lowest,
+)
 from .candidates import Candidates, Score
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
@@ -82,6 +91,7 @@ def search(
     timing: Timing | None = None,
     latency: LatencyModel | None = None,
     callbacks: Sequence[Callback] = (),
+    before_trials: Callable[[optuna.Study], None] | None = None,
     before_judging: Callable[[], None] | None = None,
     judging: Judging | None = None,
     show_progress_bar: bool = False,
@@ -119,10 +129,10 @@ def search(
     those below the median of the others after as many steps. An existing ``run_dir`` of the same model and search is
     continued until it has ``n_trials`` finished trials. ``storage``: a database for the study instead of the run's own
     journal (``postgresql://...``, ``mysql://...``, or ``grpc://host:port`` of Optuna's proxy). Others join with
-    :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are
-    called with ``(study, trial)`` as in Optuna, ``before_judging`` once all trials are done: models are measured and
-    scored in this process alone. ``judging`` is then told how many of how many models are done. ``show_progress_bar``
-    as in Optuna.
+    :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in
+    Optuna, ``before_trials`` with the study once ``run_dir`` is known to be this search's, ``before_judging`` once all
+    trials are done: models are measured and scored in this process alone. ``judging`` is then told how many of how many
+    models are done. ``show_progress_bar`` as in Optuna.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -131,10 +141,14 @@ def search(
         StorageError: the run directory cannot be written or is damaged; finished trials are safe.
     """
     prepared = _prepared(locals())
+    if before_trials is not None:
+        before_trials(prepared.loop.study)
     dense = prepared.scored_dense(score, dense)
     bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
         with bar or nullcontext():
+            if bar is not None:
+                bar.begin(prepared.loop.study)
             prepared.loop.trials(n_trials, timeout_s, patience, [*callbacks, *([bar] if bar else [])])
             if before_judging is not None:
                 before_judging()
@@ -225,6 +239,8 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     if not isinstance(budget, Mapping):
         raise ConfigError(f'budget must be a dictionary such as {{"macs": "50%"}}, not {budget!r}')
     check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"], given["lowest"])
+    if given["lowest"] is not None:
+        check_lowest(given["lowest"], budget)
     inputs = Inputs.of(given["example_inputs"])
     if timing is not None:
         timing.check(model, inputs)
@@ -306,6 +322,8 @@ def _limits_of(
     if latency is not None:
         check_latency(latency, limits.values[LATENCY_COLUMN])
     low = None if lowest is None else parse_lowest(lowest, budget, space.dense_cost, dense_ms)
+    if low is not None:
+        check_lowest_reachable(space, lowest, low)
     return limits, low, latency
 
 

@@ -14,7 +14,8 @@ from ..spaces.errors import ConfigError
 from .candidates import Score
 from .scores import Fidelity, SampleScore, parts_of
 
-GUIDES = ("auto", "score", "fidelity")
+FIDELITY = "fidelity"
+GUIDES = ("auto", "score", FIDELITY)
 #: Samples that fidelity is taken on.
 GUIDE_SAMPLES = 1000
 
@@ -46,7 +47,7 @@ def guidance(space: Space, score: Score | None, guide: str, autocast: torch.dtyp
         ready = score.in_parts() if isinstance(score, SampleScore) else score
         return Guidance("score", ready, ready)
     fidelity = _fidelity(space.model, score if isinstance(score, SampleScore) else calibration, autocast)
-    return Guidance("fidelity", fidelity, fidelity if score is None else score)
+    return Guidance(FIDELITY, fidelity, fidelity if score is None else score)
 
 
 def _fidelity(dense: nn.Module, data: SampleScore | Calibration | None, autocast: torch.dtype | None) -> Fidelity:

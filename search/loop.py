@@ -24,7 +24,7 @@ from .problem import CRITERION, SHARES, Problem
 from .racing import Raced
 from .result import PARTLY
 from .scores import SampleScore
-from .study import finished, release_stale
+from .study import ended, finished, name_of, release_stale
 from .tuning import STOPPED, GivenUp, Watch
 from .warm_start import Earlier
 
@@ -95,8 +95,7 @@ class Loop:
         while True:
             release_stale(self.study, self.process)
             trials = self.study.get_trials(deepcopy=False)
-            # A trial that ended without an error and without a value was interrupted, and does not count.
-            done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
+            done, _ = ended(trials)
             running = sum(t.state == TrialState.RUNNING for t in trials)
             if done >= n_trials or done + running < n_trials:
                 return done < n_trials
@@ -134,7 +133,7 @@ class Loop:
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             trial.set_user_attr("error", self.reason)
-            logger.warning("trial %d failed: %s", trial.number, self.reason)
+            logger.warning("%s failed: %s", name_of(trial.number), self.reason)
             return self.study.tell(trial, state=TrialState.FAIL)
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 
 import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +18,7 @@ from rich.progress import (
 )
 
 from .liveness import WORKER
-from .study import finished
+from .study import ended, finished
 
 
 class SearchProgress:
@@ -50,9 +49,14 @@ class SearchProgress:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
+    def begin(self, study: optuna.Study) -> None:
+        """Show what an earlier session has done."""
+        done, _ = ended(study.get_trials(deepcopy=False))
+        if done:
+            self.progress.update(self.bar, completed=done, best=self.best(study))
+
     def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        trials = study.get_trials(deepcopy=False)
-        done = sum(t.state == TrialState.COMPLETE or "error" in t.user_attrs for t in trials)
+        done, _ = ended(study.get_trials(deepcopy=False))
         self.seen += 1
         self.workers.add(str(trial.user_attrs.get(WORKER)))
         rate = f"{60 * self.seen / (time.monotonic() - self.started):.0f}/min"

@@ -29,7 +29,7 @@ from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
 from .saved import FINETUNED, METRICS, RESULT, load_with, read_json, read_saved, save_model, write_json
-from .study import finished
+from .study import ended, finished, name_of
 from .timing import Timing
 from .tuning import STOPPED
 
@@ -84,6 +84,21 @@ class Result:
     #: Seconds by part: ask, project, build, recalibrate, score, tell, test, save.
     seconds: Mapping[str, float]
     dense: Mapping[str, Any]
+    #: Models that were repaired thoroughly and scored in full: those beside the front are no better than a cheaper one.
+    judged: int
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a table of the front leaves open."""
+        found = []
+        done, failed = ended(self.study.get_trials(deepcopy=False))
+        if failed:
+            found.append(f"{failed} of {done} trials failed")
+        if len(self.study.directions) > 1 and self.judged > len(self.front):
+            found.append(
+                f"{self.judged - len(self.front)} of {self.judged} judged models are no better than a cheaper one"
+            )
+        return found
 
     def __repr__(self) -> str:
         rows = [("dense", self.dense), *((entry.name, entry.metrics) for entry in self.front)]
@@ -91,7 +106,7 @@ class Result:
         lines = [f"{'':12}" + "".join(f"{key:>16}" for key in shown)]
         lines += [f"{name:12}" + "".join(_cell(metrics.get(key)) for key in shown) for name, metrics in rows]
         count = f"{len(self.front)} model{'s' * (len(self.front) > 1)}"
-        return "\n".join([f"{count} in {self.run_dir}, best: {self.best.name}", *lines])
+        return "\n".join([f"{count} in {self.run_dir}, best: {self.best.name}", *lines, *self.remarks])
 
 
 def _cell(value: Any) -> str:
@@ -236,6 +251,7 @@ def collect(
             f"none of {len(trials)} candidates holds the latency budget when it is measured, or can be scored; search "
             "on with more trials, raise the budget, or measure on a quieter machine"
         )
+    judged = len(entries)
     front = non_dominated([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
     entries = [judge.tested(entries[position]) for position in front]
     best = len(entries) - 1
@@ -248,6 +264,7 @@ def collect(
         {
             "picked": entries[best].name,
             "objective": objective,
+            "judged": judged,
             "front": [{"name": entry.name, **entry.metrics} for entry in entries],
             "dense": described,
             "seconds": seconds,
@@ -258,7 +275,9 @@ def collect(
         },
     )
     _remove_others(run_dir / "front", {entry.name for entry in entries})
-    return Result(entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described)
+    return Result(
+        entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described, judged
+    )
 
 
 def known_dense(run_dir: Path) -> dict[str, Any]:
@@ -331,7 +350,7 @@ def planned(space: Space, trial: FrozenTrial) -> Plan:
 def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
     """As the trial, or an earlier session of the same run, has measured it."""
     plan = planned(candidates.space, trial)
-    path = run_dir / "front" / f"trial{trial.number:04d}"
+    path = run_dir / "front" / name_of(trial.number)
     metrics = _saved_metrics(path, plan) or {"guide": trial.values[0], **trial.user_attrs["costs"]}
     is_of_trial = plan.fingerprint == trial.user_attrs["plan"]["fingerprint"]
     return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"), is_of_trial)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def ended(trials: Sequence[optuna.trial.FrozenTrial]) -> tuple[int, int]:
+    """How many are done, and how many of them failed.
+
+    A trial that was interrupted has neither a value nor an error, and does not count.
+    """
+    failed = sum("error" in trial.user_attrs for trial in trials)
+    return failed + sum(trial.state == TrialState.COMPLETE for trial in trials), failed
+
+
+def name_of(number: int) -> str:
+    """What the trial, and the model that is saved of it, is called everywhere."""
+    return f"trial{number:04d}"
+
+
 def open_study(store: Store, metrics: Sequence[str]) -> optuna.Study:
     """Create the study of a run, or continue it. ``metrics``: of a score, and of a cost along a front.
 
@@ -108,17 +123,29 @@ def open_study(store: Store, metrics: Sequence[str]) -> optuna.Study:
     """
     if store.url is None:
         cut_torn_tail(store.journal)
-    study = optuna.create_study(
-        storage=store.open(),
-        study_name=store.study_name,
-        directions=DIRECTIONS[: len(metrics)],
-        load_if_exists=True,
-    )
+    with _quiet():
+        study = optuna.create_study(
+            storage=store.open(),
+            study_name=store.study_name,
+            directions=DIRECTIONS[: len(metrics)],
+            load_if_exists=True,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(metrics))
     release_stale(study)
     return study
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's line about a new study: no other line of the kind follows it."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def join_study(store: Store, wait_s: float = JOIN_WAIT_S) -> optuna.Study:

@@ -270,8 +270,8 @@ def _class(path: str) -> Any:
     if module not in sys.modules:
         if module.partition(".")[0] not in TRUSTED or module.endswith("__main__"):
             raise StorageError(
-                f"the saved model uses {qualname} of {module}: import {module} first "
-                f"(load-check: modules=[{module}]), if you trust it"
+                f"the saved model uses {qualname} of {module}: if you trust it, import {module} first, "
+                f"on the command line with 'modules=[{module}]'"
             )
         try:
             importlib.import_module(module)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ...search.guidance import FIDELITY
 from ..runs import DENSE, TUNED
 
 
@@ -30,14 +31,23 @@ def finetuned_table(
 
 
 def front_table(
-    entries: Sequence[Mapping[str, Any]], picked: str | None, dense: Mapping[str, float], score_name: str = "score"
+    entries: Sequence[Mapping[str, Any]],
+    picked: str | None,
+    dense: Mapping[str, float],
+    score_name: str = "score",
+    picked_by: str = "",
 ) -> Table:
     """``entries``: name and metrics of each model; ``dense``: those of the dense model, where known.
 
-    What was fine-tuned (``trial0012+sgd``) stands below what it was trained from; ``picked`` has a row of its own at
-    the top.
+    What was fine-tuned (``trial0012+sgd``) stands below what it was trained from. ``picked_by`` says how ``picked`` was
+    chosen.
     """
-    table = Table(caption="shares are of the dense model; the test split was used for these models only")
+    notes = ["shares are of the dense model; the test split was used for these models only"]
+    if picked is not None and picked_by:
+        notes.append(f"picked: {picked_by}")
+    if score_name == FIDELITY:
+        notes.append("fidelity: minus the divergence from the dense outputs, 0 is the same")
+    table = Table(caption="\n".join(notes))
     table.add_column("model", no_wrap=True)
     kinds = dict(_KINDS)
     if any("latency_ratio" in entry for entry in entries):
@@ -49,11 +59,10 @@ def front_table(
         return [kind(metrics.get(key), dense.get(key)) for key, (_, kind) in kinds.items()]
 
     table.add_row("dense", *_cells(dense, {}), end_section=True)
-    for entry in entries:
-        if entry["name"] == picked:
-            table.add_row(f"picked ({picked})", *_cells(entry, dense), style="bold green", end_section=True)
     for entry in _below_their_own(entries):
-        if entry["name"] != DENSE and not (len(entries) == 1 and picked):
+        if entry["name"] == picked:
+            table.add_row(f"picked ({picked})", *_cells(entry, dense), style="bold green")
+        elif entry["name"] != DENSE:
             table.add_row(entry["name"], *_cells(entry, dense))
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig
+from rich.filesize import decimal
 
 from ...search.saved import METRICS, load, read_json, read_plan
 from ...spaces.errors import ConfigError
@@ -40,7 +41,7 @@ def command(config: DictConfig) -> None:
             )
         console.print(f"{config.format}  {folder}", soft_wrap=True, highlight=False)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        told = f"{size / 1e6:,.1f} MB, read again and compared with the model"
+        told = f"{decimal(size)}, read again and compared with the model"
         alone = "; weights alone, without the model's structure" if config.format == "safetensors" else ""
         console.print(told + alone, style="dim", highlight=False)
 

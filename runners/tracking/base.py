@@ -61,12 +61,14 @@ class NoTracker:
 
 
 class Guarded:
-    """A tracker that is switched off, with a warning, by its first failure."""
+    """A tracker that is told nothing before its start, and is switched off, with a warning, by its first failure."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+        self.given = tracker
+        self.tracker: Tracker = NoTracker()
 
     def start(self, config: dict[str, Any], run_dir: Path, dense: Mapping[str, float], objective: str) -> None:
+        self.tracker = self.given
         self._attempt(lambda: self.tracker.start(config, run_dir, dense, objective))
 
     def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -76,6 +78,7 @@ class Guarded:
         self._attempt(lambda: self.tracker.finish(result))
 
     def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
+        self.tracker = self.given
         self._attempt(lambda: self.tracker.start_finetuning(config, run_dir, name))
 
     def step(self, progress: Progress) -> None:

@@ -177,6 +177,9 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["search", "task=cifar_resnet", "task.data=nowhere"], "PRUNEFRONT_DATA"),
         (["search", "resume=nowhere"], "nowhere does not exist"),
         (["search", "--n_trials", "5"], "options are written without dashes: n_trials="),
+        (["search", "--n-trials", "5"], "options are written without dashes: n_trials="),
+        (["search", "mode=front", "budget.macs=50%", "lowest=60%"], "not below the budget macs=50%"),
+        (["search", "budget.macs=30%..70%"], "mode=front with the budget macs=70% and lowest=30%"),
         (["search", "devices=cpu"], "devices takes a list: 'devices=[cpu]'"),
         (["search", "warm_start=[nowhere]"], "warm_start: nowhere does not exist"),
         (["search", "budget.macs=150%"], "more than the dense model has"),
@@ -208,6 +211,29 @@ def test_a_run_of_another_task_is_refused(in_tmp, tiny, capsys):
     assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
     assert main(["search", *tiny, "task.seed=1", "tracker=none", "run_dir=a"]) == 1
     assert "belongs to another task" in capsys.readouterr().err
+
+
+def test_a_refused_search_changes_nothing_in_the_run_that_it_named(in_tmp, tiny, capsys):
+    def kept():
+        return {p: p.read_bytes() for p in (in_tmp / "a").rglob("*") if p.is_file() and p.suffix != ".log"}
+
+    assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
+    before = kept()
+    for other in (["mode=front"], ["budget.macs=30%"], ["task.seed=1"]):
+        assert main(["search", *tiny, *other, "run_dir=a"]) == 1  # with the tracker, which must not start
+    assert main(["rounds", "task=digits", "rounds=0", "run_dir=a"]) == 1
+    assert kept() == before
+    assert main(["search", "resume=a", "n_trials=7"]) == 0 and "7/7" in capsys.readouterr().out
+    assert "- n_trials=7" in (in_tmp / "a/.hydra/overrides.yaml").read_text().splitlines()
+
+
+@pytest.mark.parametrize("command", ["search", "rounds"])
+def test_a_command_that_is_refused_at_once_leaves_no_folder(in_tmp, command):
+    assert main([command, "task=digits", "budget.macs=150%"]) == 1 and not any((in_tmp / "runs").glob("*"))
+    (in_tmp / "kept").mkdir()
+    (in_tmp / "kept/notes.txt").write_text("the user's")
+    assert main([command, "task=custom", "tracker=none", "run_dir=kept"]) == 1
+    assert [path.name for path in (in_tmp / "kept").iterdir()] == ["notes.txt"]
 
 
 MODULE = """

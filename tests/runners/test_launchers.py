@@ -1,6 +1,7 @@
 """Multiruns over Hydra's launchers, in processes of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.postgresql import free_port
 from prunefront.search.liveness import WORKER
 from prunefront.search.study import finished, read_study
 
@@ -15,6 +17,55 @@ LAUNCHERS = {
     "joblib": ["hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"],
 }
+
+
+#: A cluster of this machine alone.
+SLURM = """
+ClusterName=loopback
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser=root
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=here Nodes=localhost Default=YES State=UP
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path_factory, monkeypatch):
+    """Slurm's controller and one node, on loopback."""
+    if shutil.which("slurmctld") is None or os.geteuid() != 0:
+        missing = "slurm is not installed (Debian: apt install slurm-wlm), or this is not root, which its nodes run as"
+        pytest.fail(missing) if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") else pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    (folder / "slurm.conf").write_text(SLURM.format(folder=folder, ports=[free_port(), free_port()]))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    servers = [subprocess.Popen(["slurmctld", "-D"], stderr=subprocess.DEVNULL)]
+    servers.append(subprocess.Popen(["slurmd", "-D", "-N", "localhost"], stderr=subprocess.DEVNULL))
+    deadline = time.monotonic() + 30
+    while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
+        time.sleep(0.2)
+    yield folder
+    for server in servers:
+        server.terminate()
+        server.wait()
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,3 +108,15 @@ def test_jobs_of_a_launcher_are_workers_of_one_study(tiny, tmp_path):
     assert 800 <= len(trials) <= 802  # two of three may each begin what looks like the last one
     assert len({trial.user_attrs[WORKER]["pid"] for trial in trials}) == 3
     assert not (tmp_path / "runs/a/multirun.yaml").exists()
+
+
+def test_searches_and_workers_run_on_slurm(tiny, tmp_path, slurm):
+    launcher = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=here", "hydra.launcher.timeout_min=10"]
+    options = [*launcher, *tiny, "tracker=none", "run_dir=runs/m"]
+    done = run(tmp_path, "search", *options, "budget.macs=40%,60%")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = run(tmp_path, "front", "runs/m").stdout
+    assert "budget.macs=40%" in table and "budget.macs=60%" in table
+    assert run(tmp_path, "worker", "runs/m/0", *launcher, "seed=0,0", "n_trials=8").returncode == 0
+    trials = finished(read_study(tmp_path / "runs/m/0"))
+    assert 8 <= len(trials) <= 9 and len({trial.user_attrs[WORKER]["pid"] for trial in trials}) >= 2

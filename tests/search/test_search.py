@@ -112,7 +112,7 @@ def only_dense(model: nn.Module) -> float:
 
 def test_a_score_that_fails_is_told_before_any_trial(tmp_path):
     for wrong, told in (
-        (lambda model: torch.ones(1), "must return a number, not Tensor"),
+        (lambda model: torch.ones(1), "must return one number, not Tensor"),
         (lambda model: 1 / 0, "zero"),
     ):
         with pytest.raises(ConfigError, match=f"score fails on the dense model.*{told}"):
@@ -220,12 +220,15 @@ def test_a_front_starts_with_equal_shares_from_end_to_end_and_ends_at_the_lowest
     [
         ({"lowest": "30%"}, "needs mode=front"),
         ({"lowest": "60%", "mode": "front"}, "not below the budget macs=50%"),
-        ({"lowest": "low", "mode": "front"}, "cannot read budget macs='low'"),
+        ({"lowest": "low", "mode": "front"}, "lowest=low: cannot read budget macs='low'"),
+        ({"lowest": 1, "mode": "front"}, "lowest=1 is below the smallest candidate .*; write a share .* with %"),
+        ({"budget": {"macs": "30%..70%"}}, "two ends: that is mode=front with the budget macs=70% and lowest=30%"),
+        ({"budget": {"latency": "2-5ms"}}, "two ends: that is mode=front with the budget latency=5ms and lowest=2ms"),
     ],
 )
 def test_a_lowest_cost_that_means_nothing_is_refused(tmp_path, options, message):
     with pytest.raises(PrunefrontError, match=message):
-        run(tmp_path, budget={"macs": "50%"}, **options)
+        run(tmp_path, **{"budget": {"macs": "50%"}, **options})
 
 
 def test_front_mode_holds_its_budgets(tmp_path):
