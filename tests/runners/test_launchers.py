@@ -12,6 +12,7 @@ import pytest
 from benchmarks.postgresql import free_port
 from prunefront.search.liveness import WORKER
 from prunefront.search.study import finished, read_study
+from tests.services import missing
 
 LAUNCHERS = {
     "joblib": ["hydra.launcher.n_jobs=2"],
@@ -49,8 +50,7 @@ PartitionName=here Nodes=localhost Default=YES State=UP
 def slurm(tmp_path_factory, monkeypatch):
     """Slurm's controller and one node, on loopback."""
     if shutil.which("slurmctld") is None or os.geteuid() != 0:
-        missing = "slurm is not installed (Debian: apt install slurm-wlm), or this is not root, which its nodes run as"
-        pytest.fail(missing) if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") else pytest.skip(missing)
+        missing("Slurm, for root as its nodes want it (Debian: apt install slurm-wlm),")
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()

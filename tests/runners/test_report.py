@@ -1,7 +1,6 @@
 """The report, opened in Chromium with no network: what it tells, and what a reader can do on it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from prunefront.runners.report.content import described_run, history
 from prunefront.runners.report.page import page
 from prunefront.search.front import hypervolume, hypervolumes
 from prunefront.search.study import finished, read_study
+from tests.services import missing
 
 SIZE_LIMIT, DRAWN_LIMIT_MS = 5e6, 2000
 
@@ -22,9 +22,7 @@ SIZE_LIMIT, DRAWN_LIMIT_MS = 5e6, 2000
 def browser():
     """A headless Chromium; the page may load nothing."""
     if not shutil.which("chromedriver"):
-        if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES"):
-            pytest.fail("chromium and chromium-driver are not installed")
-        pytest.skip("needs chromium and chromium-driver")
+        missing("chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -1,22 +1,17 @@
 """Every target that this machine can run passes the same contract; ssh is a real server on loopback."""
 
-import getpass
 import importlib.util
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.postgresql import free_port
 from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget, exporting, process
 from prunefront.runners.targets import ssh as ssh_module
 from prunefront.search import protocol
@@ -26,6 +21,7 @@ from prunefront.search.timing import Timing
 from prunefront.spaces import discover
 from prunefront.spaces.errors import TargetError
 from prunefront.spaces.inputs import Inputs
+from tests.services import missing
 
 QUICK = Settings(tolerance=0.2, limit_s=1.5, warm_up_s=0.02, least_rounds=4)
 TIMER = """
@@ -57,46 +53,6 @@ class Net(nn.Module):
 INPUTS = (torch.randn(2, 3, 32, 32),)
 
 
-def missing(reason: str) -> NoReturn:
-    if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory):
-    """A server on loopback with a key of its own; ``-F`` keeps the user's own configuration out."""
-    binary = shutil.which("sshd") or "/usr/sbin/sshd"
-    if not Path(binary).exists() or shutil.which("ssh") is None:
-        missing("openssh-server is not installed")
-    folder = tmp_path_factory.mktemp("sshd")
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    port = free_port()
-    (folder / "authorized").write_text((folder / "user.pub").read_text())
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
-        f"PidFile {folder}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-        "AcceptEnv TMPDIR\n"
-    )
-    public = (folder / "host.pub").read_text().split()[:2]
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {' '.join(public)}\n")
-    (folder / "config").write_text(
-        f"Host board\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {folder}/user\n"
-        f" IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n StrictHostKeyChecking yes\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True)
-    server = subprocess.Popen([binary, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield folder
-    server.terminate()
-    server.wait()
-
-
 def board(folder: Path, *more: str, **options) -> SshTarget:
     return SshTarget(host="board", python=sys.executable, ssh_options=["-F", str(folder / "config"), *more], **options)
 
@@ -104,7 +60,7 @@ def board(folder: Path, *more: str, **options) -> SshTarget:
 @pytest.fixture(params=["torch", "torch bfloat16", "torch channels_last", "onnxruntime", "openvino", "command", "ssh"])
 def target(request, tmp_path):
     if request.param == "openvino" and importlib.util.find_spec("openvino") is None:
-        missing("openvino is not installed")
+        missing("openvino")
     if request.param == "ssh":
         return board(request.getfixturevalue("sshd"))
     if request.param == "command":

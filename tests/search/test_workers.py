@@ -23,6 +23,7 @@ from prunefront.search.engine import work
 from prunefront.search.liveness import OTHER_HOST_S, UNSIGNED_S, WORKER, is_alive, is_stale, this_process
 from prunefront.search.study import DRIVERS, Store, finished, join_study, open_study, read_study, release_stale
 from prunefront.spaces.errors import SearchError, StorageError
+from tests.services import missing
 
 INPUTS = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 SCRIPT = """
@@ -141,8 +142,7 @@ def database(request):
     """A server on loopback: its URL, and a function that kills and restarts it."""
     is_there = programs() is not None if request.param == "postgresql" else is_installed()
     if not is_there:
-        missing = "no server is installed (Debian: apt install postgresql mariadb-server)"
-        pytest.fail(missing) if os.environ.get("PRUNEFRONT_REQUIRE_SERVICES") else pytest.skip(missing)
+        missing(f"the server of {request.param} (Debian: apt install postgresql mariadb-server)")
     pytest.importorskip(DRIVERS[request.param])
     with postgresql("fsync=off") if request.param == "postgresql" else mariadb() as server:
         yield server
