@@ -1,8 +1,9 @@
 """Searches with many workers: trials per minute, what asking and telling cost, and what survives being killed.
 
-Run: python -m benchmarks.scale [--parts workers,asking,simulated,kill] [--minutes 2] [--out scale.json]
+Run: python -m benchmarks.scale [--parts workers,memory,asking,simulated,kill] [--minutes 2] [--out scale.json]
 
-``workers``: the digits search with 1, 2 and 4 processes, study in a journal and in PostgreSQL. ``asking``: time to ask
+``workers``: the digits search with 1, 2 and 4 processes, study in a journal and in PostgreSQL. ``memory``: what
+1, 2 and 3 processes of a search hold of a dense model of a gigabyte, and in all. ``asking``: time to ask
 for a trial and to tell its value, and the process's memory, with so many trials in the study (30 groups, no models).
 ``simulated``: 64 processes that ask and tell and do nothing else, on PostgreSQL. ``kill``: four searches of a tiny
 network on one journal, of which a random one is killed every few seconds and started again; then, is every trial whose
@@ -73,6 +74,73 @@ def workers(url: str, count: int, storage: str, n_trials: int) -> Row:
             "per_minute": rate(together),
             "processes": len(firsts),
         }
+
+
+def large() -> nn.Module:
+    """A gigabyte of weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(8192, 8192), nn.ReLU())))
+
+
+def large_batches() -> list[torch.Tensor]:
+    return [torch.zeros(8, 8192)]
+
+
+def first_weight(model: nn.Sequential) -> float:
+    return float(cast(nn.Linear, model[0]).weight[0, 0].detach())
+
+
+def memory(count: int, samples: int = 20) -> Row:
+    """GB, medians over the time in which all processes run trials: resident, where what is shared counts in every
+    process, and in shares, where it counts once; and the file of the dense weights alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "large"
+        own = ["task=custom", *(f"task.{key}=benchmarks.scale.{value}" for key, value in LARGE.items())]
+        options = [f"workers={count}", "n_trials=100000", "sampler=random", "space.compensation=none"]
+        options += ["space.criterion=[l1]", "tracker=none", "finalists=1", f"run_dir={run_dir}"]
+        command = [sys.executable, "-m", "prunefront", "search", *own, *options]
+        held: list[tuple[float, float, float]] = []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as search:
+            while len(held) < samples:
+                assert search.poll() is None
+                time.sleep(0.5)
+                if count == len(_scoring(run_dir)):
+                    held.append(_held([search.pid, *_children(search.pid)]))
+            search.send_signal(signal.SIGINT)
+        resident, shares, weights = (sorted(values)[samples // 2] for values in zip(*held, strict=True))
+        return {"resident_gb": resident, "shares_gb": shares, "dense_file_gb": weights}
+
+
+LARGE = {"model._target_": "large", "calibration._target_": "large_batches", "score": "first_weight"}
+
+
+def _scoring(run_dir: Path) -> set[int]:
+    """Processes that have finished a trial."""
+    if not (run_dir / "study.journal").exists():
+        return set()
+    return {trial.user_attrs[WORKER]["pid"] for trial in finished(read_study(run_dir))}
+
+
+def _children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def _held(pids: Sequence[int]) -> tuple[float, float, float]:
+    """GB of all: resident, in shares, and in shares of the mapped file of dense weights."""
+    found = np.zeros(3)
+    for pid in pids:
+        is_dense = False
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if "-" in key.split()[0]:
+                is_dense = "/dense/weights" in line
+            elif key in ("Rss", "Pss"):
+                kilobytes = float(value.split()[0])
+                found += kilobytes / 1e6 * np.array([key == "Rss", key == "Pss", key == "Pss" and is_dense])
+    resident, shares, weights = (round(float(value), 3) for value in found)
+    return resident, shares, weights
 
 
 def synthetic_problem() -> tuple[SyntheticSpace, Problem]:
@@ -276,7 +344,7 @@ def _of(lines: Sequence[Sequence[str]], kind: str, fields: int) -> list[Sequence
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="workers,asking,simulated,kill")
+    parser.add_argument("--parts", default="workers,memory,asking,simulated,kill")
     parser.add_argument("--trials", type=int, default=200, help="of a search with workers")
     parser.add_argument("--minutes", type=float, default=2.0, help="of the simulation")
     parser.add_argument("--kill-minutes", type=float, default=5.0)
@@ -300,6 +368,9 @@ def main() -> None:
             for storage in ("journal", "postgresql"):
                 for count in (1, 2, 4):
                     keep("workers", f"{storage}, {count}", workers(url, count, storage, options.trials))
+        if "memory" in parts:
+            for count in (1, 2, 3):
+                keep("memory", f"{count}", memory(count))
         if "asking" in parts:
             for storage in ("journal", "postgresql"):
                 store = Store(Path(folder) / "asking", url if storage == "postgresql" else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -129,6 +130,8 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
         if debug:
             raise
         raise explained(error, f"prunefront {name}", config_name, overrides) from error
+    finally:
+        _close_logs()
     return 1 if failed else 0
 
 
@@ -144,6 +147,13 @@ def _called_with(arguments: list[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _close_logs() -> None:
+    """What this process does next is not the run's."""
+    for handler in [handler for handler in logging.root.handlers if isinstance(handler, logging.FileHandler)]:
+        logging.root.removeHandler(handler)
+        handler.close()
 
 
 def _output_is_closed() -> int:

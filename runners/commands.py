@@ -283,28 +283,41 @@ def prepare(
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
         raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
-    if kept is not None:
-        model = kept_model(folder, task, start)
-    else:
-        model = task.make_model() if start is None else load(Path(start)).to(task.device)
-    space = discover_for(task, model, config)
+    model = None
     if kept is None:
-        metrics = {**asdict(space.dense_cost), **dense_scores(task, model)}
-        save_model(folder, model, None, {**metrics, "task": described, "score_name": name}, task.example_inputs)
-    else:
-        metrics = {key: value for key, value in kept.items() if key != "task"}
-    return space, {**metrics, "score_name": name}
+        model = task.make_model() if start is None else load(Path(start)).to(task.device)
+        # Before anything can fail: it may have been trained.
+        save_model(folder, model, None, {"task": described}, task.example_inputs)
+    space = discover_for(task, kept_model(folder, task, start, model), config)
+    metrics = {**(kept or {}), "score_name": name}
+    if "score" not in metrics:
+        metrics |= {**asdict(space.dense_cost), **dense_scores(task, space.model)}
+        write_json(folder / METRICS, {**metrics, "task": described})
+    return space, {key: value for key, value in metrics.items() if key != "task"}
 
 
-def kept_model(folder: Path, task: Task, start: str | Path | None) -> nn.Module:
+def kept_model(folder: Path, task: Task, start: str | Path | None, made: nn.Module | None = None) -> nn.Module:
     """The dense model from the run's folder: on the processor all processes map the same file, so that memory holds its
-    weights once."""
+    weights once. ``made``: the one that was saved there, where this process has done so."""
     try:
-        return load_with(folder, task.make_model).to(task.device)
+        model = load_with(folder, task.make_model if made is None else lambda: made).to(task.device)
     except StorageError:
+        if made is not None:
+            return made
         if task.trains or start is not None:
             raise
         return task.make_model()  # of a class that has not been imported yet, for example
+    if task.held is not None:
+        share_weights(task.held, model)
+    return model
+
+
+def share_weights(model: nn.Module, other: nn.Module) -> None:
+    """Let ``model`` have the tensors of ``other``, which are equal, instead of its own."""
+    theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in theirs:
+            tensor.data = theirs[name].data
 
 
 def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:

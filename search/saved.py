@@ -61,7 +61,7 @@ def save_model(
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS)
         content["weights_bytes"] = (temporary / WEIGHTS).stat().st_size
-        content["weights_sha256"] = hashlib.sha256((temporary / WEIGHTS).read_bytes()).hexdigest()
+        content["weights_sha256"] = _file_digest(temporary / WEIGHTS)
         content["sha256"] = _digest(content)
         write_json(temporary / PLAN, content)
         write_json(temporary / METRICS, dict(metrics))
@@ -163,6 +163,11 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_weights(path: Path, expected: str, size: int | None) -> dict[str, torch.Tensor]:
     """``size``: in bytes; files of before this was written down have none."""
     try:
@@ -170,8 +175,7 @@ def _read_weights(path: Path, expected: str, size: int | None) -> dict[str, torc
             raise StorageError(
                 f"{path} has {path.stat().st_size:,} bytes, not {size:,}: it is truncated or another file"
             )
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != expected:
+        if _file_digest(path) != expected:
             raise StorageError(f"{path} is truncated or was changed after it was written: its checksum differs")
         return load_file(path)
     except (OSError, SafetensorError) as error:

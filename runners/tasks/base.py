@@ -38,6 +38,8 @@ class Task:
     trains: bool = False
     #: Where ``make_model`` puts the model.
     device: str = "cpu"
+    #: The model, where the task keeps it in memory: a search lets it share the weights of the run's own file.
+    held: nn.Module | None = None
 
 
 def cross_entropy(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -51,6 +51,7 @@ def custom(
         score_name=score_name,
         autocast=None if autocast is None else _dtype(autocast),
         device=str(device_of(model)),
+        held=model,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import prunefront
+from prunefront.runners import commands
 from prunefront.runners.cli import COMMANDS, main
 from prunefront.search.study import finished, read_study
 
@@ -225,6 +226,20 @@ def test_a_refused_search_changes_nothing_in_the_run_that_it_named(in_tmp, tiny,
     assert kept() == before
     assert main(["search", "resume=a", "n_trials=7"]) == 0 and "7/7" in capsys.readouterr().out
     assert "- n_trials=7" in (in_tmp / "a/.hydra/overrides.yaml").read_text().splitlines()
+
+
+def test_a_dense_model_is_kept_before_it_is_scored_and_not_trained_again(in_tmp, tiny, monkeypatch):
+    def interrupted(*_):
+        raise prunefront.PrunefrontError("interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "dense_scores", interrupted)
+        assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 1
+    weights = (in_tmp / "a/dense/weights.safetensors").read_bytes()
+    monkeypatch.setattr("prunefront.runners.tasks.digits.fit", interrupted)
+    assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
+    assert (in_tmp / "a/dense/weights.safetensors").read_bytes() == weights
+    assert json.loads((in_tmp / "a/result.json").read_text())["dense"]["score"] > 0.3
 
 
 @pytest.mark.parametrize("command", ["search", "rounds"])
