@@ -40,7 +40,7 @@ from prunefront.search.budget import Limits
 from prunefront.search.liveness import WORKER, this_process
 from prunefront.search.problem import Problem
 from prunefront.search.samplers import make_sampler
-from prunefront.search.study import Store, finished, join_study, open_study, read_study
+from prunefront.search.study import Store, finished, open_study, read_study
 from prunefront.search.warm_start import Earlier
 
 Row = dict[str, Any]
@@ -100,9 +100,10 @@ def memory(count: int, samples: int = 20) -> Row:
         options += ["space.criterion=[l1]", "tracker=none", "finalists=1", f"run_dir={run_dir}"]
         command = [sys.executable, "-m", "prunefront", "search", *own, *options]
         held: list[tuple[float, float, float]] = []
+        deadline = time.monotonic() + 600
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as search:
             while len(held) < samples:
-                assert search.poll() is None
+                assert search.poll() is None and time.monotonic() < deadline
                 time.sleep(0.5)
                 if count == len(_scoring(run_dir)):
                     held.append(_held([search.pid, *_children(search.pid)]))
@@ -215,7 +216,7 @@ def simulated(url: str, processes: int, seconds: float) -> Row:
         process.start()
     for process in started:
         process.join()
-    study = join_study(store)
+    study = optuna.load_study(study_name=store.study_name, storage=store.open())
     trials = study.get_trials(deepcopy=False)
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     numbers = [t.number for t in trials]
@@ -234,7 +235,7 @@ def _simulate(store: Store, seed: int, seconds: float) -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, problem = synthetic_problem()
-    study = join_study(store)
+    study = optuna.load_study(study_name=store.study_name, storage=store.open())
     study.sampler = make_sampler("random", problem, 10**6, seed, Earlier())
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -30,7 +30,7 @@ from .experiments import command as experiment
 from .exporting.command import command as export
 from .finetuning.command import command as finetune
 from .mistakes import check_complete, explained
-from .overrides import POSITIONAL, forget_options, prepare_overrides
+from .overrides import POSITIONAL, forget_options, is_unused, prepare_overrides
 from .rounds import command as rounds
 from .workers import command as worker
 
@@ -110,14 +110,17 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
     failed, own_process = [], os.getpid()
 
     def job(config: DictConfig) -> Any:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        # A multirun's table tells of jobs without a result.
+        may_go = is_unused(folder) and folder != Path.cwd() and HydraConfig.get().mode != RunMode.MULTIRUN
         try:
             check_complete(config, f"prunefront {name}", COMMANDS[name][1])
             return command(config)
         except BrokenPipeError:
             _output_is_closed()
         except PrunefrontError as error:
-            if HydraConfig.get().mode != RunMode.MULTIRUN:  # whose table tells of jobs without a result
-                forget_options(Path(HydraConfig.get().runtime.output_dir))
+            if may_go:
+                forget_options(folder)
             failed.append(_report_error(error, debug))
             if os.getpid() != own_process:  # of a launcher, which tells this one
                 raise

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,10 +47,10 @@ from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .modules import look_in_current_folder
-from .overrides import keep_options, to_be_repeated
+from .overrides import is_unused, keep_options, to_be_repeated
 from .picking import picked_by
 from .report import write_report
-from .runs import read_run
+from .runs import DENSE, read_run
 from .tasks import Task
 from .tracking import Guarded
 
@@ -68,10 +68,13 @@ def search(config: DictConfig) -> float:
     budget = chosen_budget(config)
     check_early(config, budget)
     devices = devices_of(config)
+    keep = partial(keep_options, run_dir, config)
+    if is_unused(run_dir):
+        keep()
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
-    result = searched(config, budget, task, run_dir, config.start, partial(keep_options, run_dir, config))
+    result = searched(config, budget, task, run_dir, config.start, keep)
     show_result(result, read_run(run_dir), bool(budget))
     return result.best.metrics["score"]
 
@@ -113,14 +116,13 @@ def searched(
 ) -> Result:
     """Search in ``run_dir``, with latency measured where the budget or the target asks for it, and write the report.
 
-    ``start``: a saved model that takes the place of the task's. ``keep`` writes down the options: at once in an
-    empty folder, elsewhere when the search there is known to be this one.
+    ``start``: a saved model that takes the place of the task's. ``keep`` writes down the options, when the search in
+    ``run_dir`` is known to be this one.
     """
     began = time.monotonic()
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        keep()
     with console.status("preparing the dense model"):
-        space, dense = prepare(task, config, run_dir, start)
+        space = prepare(task, config, run_dir, start)
+        dense = scored_dense(task, space, run_dir)
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
     timing, latency = timing_of(config), None
     if "latency" in budget:
@@ -134,7 +136,6 @@ def searched(
             described += f"; widths that are multiples of {even} are faster: space.round_to={even} keeps to them"
         console.print(described, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
-        write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same
     result = tracked_search(config, budget, task, space, dense, run_dir, timing, latency, keep)
     write_report(run_dir)
     return result
@@ -157,8 +158,13 @@ def tracked_search(
     bar = SearchProgress(config.n_trials, objective, dense, console)
     result = None
 
+    others = ExitStack()
+
     def begin(study: optuna.Study) -> None:
         keep()
+        if latency is not None:
+            write_json(run_dir / LATENCY_FILE, latency.known.to_json())  # other processes predict the same
+        others.enter_context(beside(config.workers, run_dir, devices_of(config)))
         bar.begin(study)
         if study.metric_names and study.metric_names[0] == FIDELITY:
             told = "trials are told the fidelity: minus the divergence from the dense outputs, 0 is the same"
@@ -168,7 +174,7 @@ def tracked_search(
         tracker.start(plain(config), run_dir, dense, objective)
 
     try:
-        with beside(config.workers, run_dir, devices_of(config)) as others, bar as progress:
+        with others, bar as progress:
             result = run_search(
                 space.model,
                 task.example_inputs,
@@ -181,7 +187,7 @@ def tracked_search(
                 latency=latency,
                 callbacks=(progress, tracker.trial),
                 before_trials=begin,
-                before_judging=others.end,
+                before_judging=others.close,
                 judging=progress.judging,
             )
     finally:
@@ -266,34 +272,46 @@ def make_task(config: DictConfig) -> Task:
 
 
 def prepare(
-    task: Task, config: DictConfig, run_dir: Path, start: str | Path | None = None
-) -> tuple[Space, dict[str, Any]]:
-    """The space of the dense model, and the model's metrics with their ``score_name``; the run keeps both in ``dense``.
+    task: Task, config: DictConfig, run_dir: Path, start: str | Path | None = None, joins: bool = False
+) -> Space:
+    """The space of the dense model, which the run keeps in ``dense`` before anything of it can fail: it may have been
+    trained.
 
-    ``start``: a saved model that is the dense one instead of the task's.
+    ``start``: a saved model that is the dense one instead of the task's. ``joins``: the run is another process's.
 
     Raises:
         SearchError: the run directory belongs to another task.
     """
-    described_task = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
-    if start is not None:
-        described_task["start"] = str(start)
-    folder, described = run_dir / "dense", json.dumps(described_task, sort_keys=True)
-    name = FIDELITY if task.score is None else task.score_name
+    folder, described = run_dir / DENSE, described_task(config, start)
     kept = read_json(folder / METRICS) if folder.exists() else None
     if kept is not None and kept.get("task") != described:
-        raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
-    model = None
-    if kept is None:
-        model = task.make_model() if start is None else load(Path(start)).to(task.device)
-        # Before anything can fail: it may have been trained.
-        save_model(folder, model, None, {"task": described}, task.example_inputs)
-    space = discover_for(task, kept_model(folder, task, start, model), config)
-    metrics = {**(kept or {}), "score_name": name}
-    if "score" not in metrics:
-        metrics |= {**asdict(space.dense_cost), **dense_scores(task, space.model)}
-        write_json(folder / METRICS, {**metrics, "task": described})
-    return space, {key: value for key, value in metrics.items() if key != "task"}
+        if joins or "score" in kept:
+            raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
+        kept = None  # nothing has come of it: its score failed, for example
+    if kept is not None:
+        return discover_for(task, kept_model(folder, task, start), config)
+    model = task.make_model() if start is None else load(Path(start)).to(task.device)
+    save_model(folder, model, None, {"task": described}, task.example_inputs)
+    if task.device == CPU:  # where all processes can share the file
+        model = kept_model(folder, task, start, model)
+    return discover_for(task, model, config)
+
+
+def described_task(config: DictConfig, start: str | Path | None) -> str:
+    """What says whether another search has the same dense model, as text."""
+    described = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
+    return json.dumps(described if start is None else {**described, "start": str(start)}, sort_keys=True)
+
+
+def scored_dense(task: Task, space: Space, run_dir: Path) -> dict[str, Any]:
+    """Costs and scores of the dense model of ``space``, with their ``score_name``; the run keeps them."""
+    path = run_dir / DENSE / METRICS
+    kept = read_json(path)
+    if "score" not in kept:
+        name = FIDELITY if task.score is None else task.score_name
+        kept |= {**asdict(space.dense_cost), **dense_scores(task, space.model), "score_name": name}
+        write_json(path, kept)
+    return {"score_name": task.score_name, **{key: value for key, value in kept.items() if key != "task"}}
 
 
 def kept_model(folder: Path, task: Task, start: str | Path | None, made: nn.Module | None = None) -> nn.Module:
@@ -307,16 +325,17 @@ def kept_model(folder: Path, task: Task, start: str | Path | None, made: nn.Modu
         if task.trains or start is not None:
             raise
         return task.make_model()  # of a class that has not been imported yet, for example
-    if task.held is not None:
+    if task.held is not None and start is None and task.device == CPU:
         share_weights(task.held, model)
     return model
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> None:
-    """Let ``model`` have the tensors of ``other``, which are equal, instead of its own."""
+    """Let ``model`` have the tensors of ``other`` instead of its own, where all are equal."""
     theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in theirs:
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if own.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in own.items()):
+        for name, tensor in own.items():
             tensor.data = theirs[name].data
 
 

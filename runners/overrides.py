@@ -29,9 +29,14 @@ OPEN_KEYS = (
     *("task.model.", "task.calibration.", "task.example_inputs.", "task.training."),
     *("task.config.", "task.train.", "task.search.", "task.test."),
 )
+#: The log of a run.
+LOG = "prunefront.log"
 #: Options as other programs have them, with dashes; and those of ours and Hydra's that are written so.
 _DASHED = re.compile(r"--([a-z_][\w.-]*)(?:=.*)?", re.DOTALL)
-FLAGS = ("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra")
+FLAGS = (
+    *("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra"),
+    *("--hydra-help", "--config-path", "--config-name", "--config-dir", "--shell-completion", "--experimental-rerun"),
+)
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
 
@@ -128,12 +133,17 @@ def keep_options(run_dir: Path, config: DictConfig) -> None:
     write_text(folder / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 
+def is_unused(run_dir: Path) -> bool:
+    """Whether nothing is there, or a log of what this process has said so far."""
+    return not run_dir.exists() or all(path.name == LOG for path in run_dir.iterdir())
+
+
 def forget_options(run_dir: Path) -> None:
-    """Remove the folder of a run that has nothing but its options, or not even these."""
+    """Remove the folder of a run that has nothing but its options and its log, or not even these."""
     folder = run_dir / ".hydra"
-    if run_dir == Path.cwd() or not run_dir.is_dir() or any(path != folder for path in run_dir.iterdir()):
+    if not run_dir.is_dir() or any(path.name not in (folder.name, LOG) for path in run_dir.iterdir()):
         return
-    for path in folder.glob("*.yaml"):
+    for path in (*folder.glob("*.yaml"), *run_dir.glob(LOG)):
         path.unlink()
     with contextlib.suppress(OSError):  # something else is there: it stays
         for empty in filter(Path.exists, (folder, run_dir)):

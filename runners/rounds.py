@@ -17,8 +17,8 @@ from .commands import chosen_budget, discover_for, make_task, output_folder, sea
 from .devices import placed, use_device
 from .display import console, errors, finetuned_table, show_load
 from .finetuning.command import got_worse, trained
-from .overrides import keep_options
-from .runs import read_run
+from .overrides import is_unused, keep_options
+from .runs import DENSE, read_run
 
 #: The costs that rounds approach, with their places in a cost.
 _COSTS = {"macs": "macs", "params": "params", "memory": "memory_bytes", "size": "size_bytes"}
@@ -38,6 +38,11 @@ def command(config: DictConfig) -> None:
     use_device(config.device)
     run_dir, budget = output_folder(), chosen_budget(config)
     parse_budget(budget, Cost(1, 1, 1, 1))
+    if (run_dir / DENSE).exists():
+        raise ConfigError(f"{run_dir} is the run of a search; rounds need a folder of their own")
+    keep = partial(keep_options, run_dir, config)
+    if is_unused(run_dir):
+        keep()
     task = placed(make_task(config), config.device)
     with console.status("preparing the dense model"):
         dense = discover_for(task, task.make_model(), config).dense_cost if not _is_begun(run_dir) else _dense(run_dir)
@@ -47,7 +52,7 @@ def command(config: DictConfig) -> None:
     for number, limits in enumerate(budgets(budget, dense, config.rounds), 1):
         folder = run_dir / f"round{number}"
         console.print(f"round {number} of {config.rounds}: {described(limits, dense)}", style="bold")
-        result = searched(config, limits, task, folder, start, partial(keep_options, run_dir, config))
+        result = searched(config, limits, task, folder, start, keep)
         picked = result.best.name
         (found,) = trained(config, task, folder, [picked], history).values()
         history.append(
@@ -90,9 +95,10 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_begun(run_dir: Path) -> bool:
-    return (run_dir / "round1" / "dense" / METRICS).exists()
+    path = run_dir / "round1" / DENSE / METRICS
+    return path.exists() and "macs" in read_json(path)
 
 
 def _dense(run_dir: Path) -> Cost:
-    kept = read_json(run_dir / "round1" / "dense" / METRICS)
+    kept = read_json(run_dir / "round1" / DENSE / METRICS)
     return Cost(**{name: kept[name] for name in Cost.__dataclass_fields__})

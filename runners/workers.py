@@ -27,7 +27,7 @@ def command(config: DictConfig) -> None:
             f"{run_dir / 'dense'} is missing: the task trains its model, so copy that folder of the search"
         )
     with errors.status("preparing the dense model"):
-        space, _ = prepare(task, config, run_dir, config.start)
+        space = prepare(task, config, run_dir, config.start, joins=True)
     budget = chosen_budget(config)
     work(
         space.model,

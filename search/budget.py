@@ -124,14 +124,16 @@ def _read_lowest(lowest: str | float, key: str, dense: Cost, dense_ms: float | N
         raise BudgetError(f"lowest={lowest}: {error}") from None
 
 
-def check_lowest_reachable(space: Space, lowest: str | float, low: Limits) -> None:
+def check_lowest_reachable(space: Space, lowest: str | float, key: str, low: Limits) -> None:
     """Raises BudgetError for a number, alone or with a unit, below whatever the space has: mostly a share was meant."""
-    smallest = space.cost_batch(space.smallest_widths()[None])[0]
-    if not _is_share(lowest) and (np.array(low.values[: len(smallest)]) < smallest).any():
-        least = smallest[int(np.argmin(low.values[: len(smallest)]))]
+    if key == LATENCY or _is_share(lowest):
+        return
+    column, scale = KEYS[key]
+    smallest = space.cost_batch(space.smallest_widths()[None])[0][column]
+    if low.values[column] < smallest:
         raise BudgetError(
-            f"lowest={lowest} is below the smallest candidate in this space, which has {least:,.0f}"
-            + ("; write a share of the dense model's with %" if re.fullmatch(r"[\d.]+", str(lowest)) else "")
+            f"lowest={lowest}: the smallest candidate in this space has {smallest / scale:,.0f} {key}"
+            + ("; was a share meant, with %?" if re.fullmatch(r"[\d.]+", str(lowest)) else "")
         )
 
 

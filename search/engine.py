@@ -30,6 +30,7 @@ from .budget import (
     check_lowest,
     check_lowest_reachable,
     check_reachable,
+    first_key,
     parse_budget,
     parse_lowest,
 )
@@ -263,13 +264,15 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
             described = check_owner(run_dir, space, header)
             study = open_study(store, [guided.name, problem.objective][: 1 + problem.for_front])
             check_described(study.user_attrs.get(DESCRIBED, described), space, header, f"the storage {store.kind}")
-            study.set_user_attr(DESCRIBED, described)
+        # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
+        fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
+        study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
+        loop = Loop(problem, candidates, study, guided, earlier, joins)
+        if not joins:
+            loop.enqueue_starts()
+            study.set_user_attr(DESCRIBED, described)  # others wait for this, and find the starts
     except OSError as error:
         raise _no_room(run_dir, error) from error
-    # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
-    fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
-    study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
-    loop = Loop(problem, candidates, study, guided, earlier, joins)
     return _Prepared(loop, store, inputs, timing, bool(budget))
 
 
@@ -323,7 +326,7 @@ def _limits_of(
         check_latency(latency, limits.values[LATENCY_COLUMN])
     low = None if lowest is None else parse_lowest(lowest, budget, space.dense_cost, dense_ms)
     if low is not None:
-        check_lowest_reachable(space, lowest, low)
+        check_lowest_reachable(space, lowest, first_key(budget), low)
     return limits, low, latency
 
 

@@ -63,8 +63,6 @@ class Loop:
         self, n_trials: int, timeout_s: float | None, patience: int | None, callbacks: Sequence[Callback]
     ) -> None:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if not self.joins and not self.study.get_trials(deepcopy=False):
-            self.enqueue_starts()
         failures = 0
         try:
             while time.monotonic() < deadline and self.has_room(n_trials):
@@ -108,7 +106,9 @@ class Loop:
         return {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(self.study)}
 
     def enqueue_starts(self) -> None:
-        """Equal shares, then the best proportions of earlier runs."""
+        """In a new study: equal shares, then the best proportions of earlier runs."""
+        if self.study.get_trials(deepcopy=False):
+            return
         names = self.problem.space.dimensions
         known = [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
         for row in [*self.problem.starts(), *known]:

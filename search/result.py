@@ -84,21 +84,8 @@ class Result:
     #: Seconds by part: ask, project, build, recalibrate, score, tell, test, save.
     seconds: Mapping[str, float]
     dense: Mapping[str, Any]
-    #: Models that were repaired thoroughly and scored in full: those beside the front are no better than a cheaper one.
-    judged: int
-
-    @property
-    def remarks(self) -> list[str]:
-        """What a table of the front leaves open."""
-        found = []
-        done, failed = ended(self.study.get_trials(deepcopy=False))
-        if failed:
-            found.append(f"{failed} of {done} trials failed")
-        if len(self.study.directions) > 1 and self.judged > len(self.front):
-            found.append(
-                f"{self.judged - len(self.front)} of {self.judged} judged models are no better than a cheaper one"
-            )
-        return found
+    #: What a table of the front leaves open.
+    remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         rows = [("dense", self.dense), *((entry.name, entry.metrics) for entry in self.front)]
@@ -275,9 +262,18 @@ def collect(
         },
     )
     _remove_others(run_dir / "front", {entry.name for entry in entries})
+    remarks = _remarks(study, judged, len(entries))
     return Result(
-        entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described, judged
+        entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described, remarks
     )
+
+
+def _remarks(study: optuna.Study, judged: int, on_front: int) -> tuple[str, ...]:
+    done, failed = ended(study.get_trials(deepcopy=False))
+    found = [f"{failed} of {done} trials failed"] if failed else []
+    if len(study.directions) > 1 and judged > on_front:
+        found.append(f"{judged - on_front} of {judged} judged models are no better than a cheaper one")
+    return tuple(found)
 
 
 def known_dense(run_dir: Path) -> dict[str, Any]:

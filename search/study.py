@@ -158,7 +158,9 @@ def join_study(store: Store, wait_s: float = JOIN_WAIT_S) -> optuna.Study:
     while True:
         try:
             if store.url is not None or store.journal.exists():
-                return optuna.load_study(study_name=store.study_name, storage=store.open())
+                study = optuna.load_study(study_name=store.study_name, storage=store.open())
+                if DESCRIBED in study.user_attrs:  # its first plans are there too
+                    return study
         except KeyError:
             pass
         if time.monotonic() > deadline:

@@ -22,7 +22,7 @@ from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
-from ..commands import make_task, plain, prepare
+from ..commands import make_task, plain, prepare, scored_dense
 from ..devices import placed, use_device
 from ..display import console, show_load
 from ..exporting.huggingface import check_uniform, export_huggingface
@@ -51,7 +51,8 @@ def run(config: DictConfig) -> None:
     use_device(config.device)
     run_dir = Path(config.run_dir)
     task = placed(make_task(config), config.device)
-    space, dense = prepare(task, config, run_dir)
+    space = prepare(task, config, run_dir)
+    dense = scored_dense(task, space, run_dir)
     plan, pruned = choose(space, task, shape)
     console.print(described(space, plan))
     trained = {PRUNED: train(config, task, pruned, plan, run_dir / PRUNED, 1.0)}

@@ -41,6 +41,18 @@ def test_search_shows_a_table_and_what_to_do_next(in_tmp, tiny, capsys):
     shown = capsys.readouterr().out
     assert "6/6" in shown and "dense" in shown and "picked" in shown
     assert 'prunefront.load("runs/a")' in shown and "resume=runs/a" in shown
+    assert "picked: the best score within the budget" in shown and "trials are told the fidelity" in shown
+    assert main(["front", "runs/a"]) == 0
+    shown, picked = capsys.readouterr().out, json.loads((in_tmp / "runs/a/result.json").read_text())["picked"]
+    assert shown.count(picked) == 2 and f"picked ({picked})" in shown  # in the table, and to be loaded
+
+
+def test_along_a_front_the_knee_is_picked_and_what_was_judged_is_told(in_tmp, tiny, capsys):
+    assert main(["search", *tiny, "mode=front", "n_trials=8", "tracker=none", "run_dir=runs/a"]) == 0
+    shown, result = capsys.readouterr().out, json.loads((in_tmp / "runs/a/result.json").read_text())
+    worse = result["judged"] - len(result["front"])
+    assert "picked: the knee, where the front bends most" in shown
+    assert (f"{worse} of {result['judged']} judged models are no better" in shown) == (worse > 0)
 
 
 def test_a_killed_run_continues_with_its_options(in_tmp, tiny):
@@ -222,7 +234,9 @@ def test_a_refused_search_changes_nothing_in_the_run_that_it_named(in_tmp, tiny,
     before = kept()
     for other in (["mode=front"], ["budget.macs=30%"], ["task.seed=1"]):
         assert main(["search", *tiny, *other, "run_dir=a"]) == 1  # with the tracker, which must not start
-    assert main(["rounds", "task=digits", "rounds=0", "run_dir=a"]) == 1
+    assert main(["search", *tiny, "budget.macs=30%", "workers=2", "run_dir=a"]) == 1
+    assert main(["rounds", "task=digits", "tracker=none", "run_dir=a"]) == 1
+    assert "folder of their own" in capsys.readouterr().err
     assert kept() == before
     assert main(["search", "resume=a", "n_trials=7"]) == 0 and "7/7" in capsys.readouterr().out
     assert "- n_trials=7" in (in_tmp / "a/.hydra/overrides.yaml").read_text().splitlines()
@@ -240,6 +254,35 @@ def test_a_dense_model_is_kept_before_it_is_scored_and_not_trained_again(in_tmp,
     assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
     assert (in_tmp / "a/dense/weights.safetensors").read_bytes() == weights
     assert json.loads((in_tmp / "a/result.json").read_text())["dense"]["score"] > 0.3
+
+
+def test_a_refused_search_leaves_the_options_of_one_that_was_killed(in_tmp, tiny):
+    (in_tmp / "a/.hydra").mkdir(parents=True)
+    (in_tmp / "a/.hydra/overrides.yaml").write_text("- task.width=4\n- task.epochs=2\n- tracker=none\n")
+    assert main(["search", "resume=a", "budget.macs=150%"]) == 1
+    assert "task.width=4" in (in_tmp / "a/.hydra/overrides.yaml").read_text()
+
+
+def test_a_score_that_failed_can_be_put_right_in_the_same_run(in_tmp, capsys):
+    (in_tmp / "own_scores.py").write_text(MODULE + "\ndef broken(model):\n    raise ValueError('no such split')\n")
+    own = ["task=custom", "task.model._target_=own_scores.Net", "task.model.width=16", "run_dir=a"]
+    own += ["task.calibration._target_=own_scores.batches", "tracker=none", "n_trials=3", "sampler=random"]
+    assert main(["search", *own, "task.score=own_scores.broken"]) == 1 and "no such split" in capsys.readouterr().err
+    assert main(["search", *own, "task.score=own_scores.weight"]) == 0
+    assert main(["search", *own, "task.score=own_scores.broken"]) == 1 and "another task" in capsys.readouterr().err
+
+
+def test_a_task_that_keeps_its_model_shares_the_weights_that_are_the_same():
+    def net(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16))
+
+    held, same, other = net(0), net(0), net(1)
+    before = held[0].weight.clone()
+    commands.share_weights(held, other)
+    assert torch.equal(held[0].weight, before) and held[0].weight.data_ptr() != other[0].weight.data_ptr()
+    commands.share_weights(held, same)
+    assert held[0].weight.data_ptr() == same[0].weight.data_ptr() and torch.equal(held[0].weight, before)
 
 
 @pytest.mark.parametrize("command", ["search", "rounds"])

@@ -137,8 +137,7 @@ def test_commands_that_are_not_run_here_compose(command, hydra, monkeypatch, tmp
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, digits_run):
-    """Runs that the documents speak of: along a front, of CIFAR images with a dense model that was trained sparse, and
-    one of a language model; texts and checkpoints."""
+    """A run along a front, and texts."""
     folder = tmp_path_factory.mktemp("made")
     options = ["task.width=4", "task.epochs=2", "n_trials=6", "mode=front", "sampler=random", "tracker=none"]
     assert cli.main(["search", *options, f"run_dir={folder}/front"]) == 0

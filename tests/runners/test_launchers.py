@@ -1,5 +1,6 @@
 """Multiruns over Hydra's launchers, in processes of their own."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -56,16 +57,15 @@ def slurm(tmp_path_factory, monkeypatch):
     (folder / "spool").mkdir()
     (folder / "slurm.conf").write_text(SLURM.format(folder=folder, ports=[free_port(), free_port()]))
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    servers = [subprocess.Popen(["slurmctld", "-D"], stderr=subprocess.DEVNULL)]
-    servers.append(subprocess.Popen(["slurmd", "-D", "-N", "localhost"], stderr=subprocess.DEVNULL))
-    deadline = time.monotonic() + 30
-    while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
-        assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
-        time.sleep(0.2)
-    yield folder
-    for server in servers:
-        server.terminate()
-        server.wait()
+    with contextlib.ExitStack() as servers:
+        for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
+            server = servers.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+            servers.callback(server.terminate)
+        deadline = time.monotonic() + 30
+        while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
+            time.sleep(0.2)
+        yield folder
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

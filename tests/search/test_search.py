@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_plans(tmp_path):
     assert [t.user_attrs["plan"] for t in first] == [t.user_attrs["plan"] for t in second]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), torch.tensor(1.0), ValueError("no luck")])
+@pytest.mark.parametrize("bad", [float("nan"), torch.ones(2), ValueError("no luck")])
 def test_a_failing_score_fails_its_trial_and_the_search_goes_on(tmp_path, bad):
     answers = iter([None, bad])  # the dense model is scored first
 
@@ -118,6 +118,13 @@ def test_a_score_that_fails_is_told_before_any_trial(tmp_path):
         with pytest.raises(ConfigError, match=f"score fails on the dense model.*{told}"):
             run(tmp_path, score=wrong)
     assert run(tmp_path).best  # nothing of it is left
+    assert run(tmp_path / "tensor", score=lambda model: model[0].weight.detach().sum()).best.metrics["score"]
+
+
+def test_a_result_says_what_failed(tmp_path):
+    calls = iter([True, False, True, False])  # the dense model, then trials
+    result = run(tmp_path, score=lambda model: 1.0 if next(calls, True) else float("nan"), n_trials=6)
+    assert result.remarks == ("2 of 6 trials failed",) and "2 of 6 trials failed" in repr(result)
 
 
 def test_searches_without_a_folder_have_their_own(tmp_path, monkeypatch):
@@ -221,7 +228,7 @@ def test_a_front_starts_with_equal_shares_from_end_to_end_and_ends_at_the_lowest
         ({"lowest": "30%"}, "needs mode=front"),
         ({"lowest": "60%", "mode": "front"}, "not below the budget macs=50%"),
         ({"lowest": "low", "mode": "front"}, "lowest=low: cannot read budget macs='low'"),
-        ({"lowest": 1, "mode": "front"}, "lowest=1 is below the smallest candidate .*; write a share .* with %"),
+        ({"lowest": 1, "mode": "front"}, "lowest=1: the smallest candidate .* macs; was a share meant"),
         ({"budget": {"macs": "30%..70%"}}, "two ends: that is mode=front with the budget macs=70% and lowest=30%"),
         ({"budget": {"latency": "2-5ms"}}, "two ends: that is mode=front with the budget latency=5ms and lowest=2ms"),
     ],

@@ -30,8 +30,8 @@ SCRIPT = """
 import sys, time, optuna
 from pathlib import Path
 from prunefront.search.liveness import WORKER, this_process
-from prunefront.search.study import Store, join_study
-study = join_study(Store(Path(sys.argv[1])))
+from prunefront.search.study import STUDY_NAME, Store
+study = optuna.load_study(study_name=STUDY_NAME, storage=Store(Path(sys.argv[1])).open())
 trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
 trial.set_user_attr(WORKER, this_process())
 print("asked", flush=True)
