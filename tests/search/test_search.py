@@ -247,7 +247,8 @@ def test_front_mode_holds_its_budgets(tmp_path):
         assert trial.user_attrs["costs"]["macs"] <= 0.8 * dense.macs
 
 
-def test_a_killed_trial_is_tried_again(tmp_path):
+def test_a_killed_trial_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(liveness, "UNSIGNED_S", 1.0)
     study = run(tmp_path, n_trials=2).study
     killed = study.ask()
     wanted = {g: killed.suggest_float(g, 0.1, 1.0, log=True) for g in study.trials[0].params}
