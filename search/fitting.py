@@ -128,6 +128,11 @@ def _fitted(space: Space, held: Measurements, budget: Mapping[str, Any] | None) 
             f"of {len(held.seen)} candidates only {len(held.measured)} could be measured; the last one that failed: "
             f"{held.failed[-1].reason}"
         )
+    if len(held.steady) < LEAST:
+        raise TargetError(
+            f"of {len(held.measured)} measured candidates only {len(held.steady)} were measured while the dense model "
+            f"took its usual time, and {LEAST} are needed; measure on a quieter machine, or raise latency.most"
+        )
     limits = parse_budget(budget, space.dense_cost, dense_ms=held.dense_ms) if budget else None
     model = LatencyModel(space, held, limits)
     logger.info("latency model: %d plans, error %s, tau %.2f", len(held.measured), described_error(model), model.tau)

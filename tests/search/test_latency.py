@@ -202,6 +202,11 @@ def test_nothing_that_was_measured_is_lost_when_the_target_is(space, tmp_path):
     assert target.measured == 8 + 2  # the other eight, and the dense model with every four
 
 
+def test_too_few_measurements_are_told_with_what_to_do(space):
+    with pytest.raises(TargetError, match="of 3 measured candidates only 3 .* 4 are needed; .* raise latency.most"):
+        Timing(ComputedTarget(), most=3).model(space, prunefront_inputs())
+
+
 def test_few_candidates_that_can_be_measured_are_told_with_the_reason(space):
     with pytest.raises(TargetError, match=r"of \d+ candidates only \d could be measured.*hang"):
         Timing(ComputedTarget(fails_below=16), most=16).model(space, prunefront_inputs())
