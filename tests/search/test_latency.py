@@ -203,7 +203,7 @@ def test_nothing_that_was_measured_is_lost_when_the_target_is(space, tmp_path):
 
 
 def test_too_few_measurements_are_told_with_what_to_do(space):
-    with pytest.raises(TargetError, match="of 3 measured candidates only 3 .* 4 are needed; .* raise latency.most"):
+    with pytest.raises(TargetError, match=r"of 3 measured candidates only 3 .* 4 are needed; .* raise latency.most"):
         Timing(ComputedTarget(), most=3).model(space, prunefront_inputs())
 
 
