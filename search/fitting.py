@@ -85,10 +85,11 @@ def fit_latency(
                 keep(now)
         return now
 
-    while len(held.measured) < FIRST and (rows := _unseen(spread, held)):
+    while (len(held.measured) < FIRST or len(held.steady) < LEAST) and (rows := _unseen(spread, held)):
         if not held.measured and len(held.failed) >= FIRST:
             break
-        held = measured(rows[: FIRST - len(held.measured)])
+        missing = FIRST - len(held.measured)
+        held = measured(rows[: missing if missing > 0 else STEP])
     model, limits = _fitted(space, held, budget)
     for number in itertools.count():
         if _is_good(model, limits, error) or time.monotonic() > deadline:
