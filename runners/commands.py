@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch import nn
 
 from ..search import Result, load, parse_budget
 from ..search import search as run_search
-from ..search.budget import check_lowest
 from ..search.candidates import score_dense
 from ..search.engine import check_options
 from ..search.fitting import described_error
@@ -47,7 +45,7 @@ from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .finetuning.trial import TrialTuning
 from .modules import look_in_current_folder
-from .overrides import is_unused, keep_options, to_be_repeated
+from .overrides import options_keeper, to_be_repeated
 from .picking import picked_by
 from .report import write_report
 from .runs import DENSE, read_run
@@ -68,9 +66,7 @@ def search(config: DictConfig) -> float:
     budget = chosen_budget(config)
     check_early(config, budget)
     devices = devices_of(config)
-    keep = partial(keep_options, run_dir, config)
-    if is_unused(run_dir):
-        keep()
+    keep = options_keeper(run_dir, config)
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
@@ -86,9 +82,7 @@ def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
         ConfigError, BudgetError, StorageError: see their messages.
     """
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)
-    check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest)
-    if config.lowest is not None:
-        check_lowest(config.lowest, budget)
+    check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest, budget)
     if "latency" in budget and "_target_" not in config.target:
         raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
     if isinstance(config.sampler, str):
@@ -392,7 +386,7 @@ def space(config: DictConfig) -> None:
 def described_space(space: Space) -> dict[str, Any]:
     """Everything that the tree shows and more, as plain JSON values."""
     whole = space.dense_cost
-    least = space.cost_batch(space.smallest_widths()[None])[0]
+    least = space.smallest_costs()
 
     def described(group: Group) -> dict[str, Any]:
         (low, high), share = space.options.bounds(group), space.share_of_cost(group)

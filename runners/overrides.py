@@ -7,7 +7,8 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -122,6 +123,15 @@ def to_be_repeated(run_dir: Path) -> list[str]:
     """What the user must say again to continue the run: what names code."""
     stored = _stored_overrides(run_dir)
     return [override for override in stored if key_of(override) != "run_dir" and not _is_harmless(override, stored)]
+
+
+def options_keeper(run_dir: Path, config: DictConfig) -> Callable[[], None]:
+    """What writes down the options of a run, to be called when the run is known to be this command's. Where nothing is
+    there yet it is called at once."""
+    keep = partial(keep_options, run_dir, config)
+    if is_unused(run_dir):
+        keep()
+    return keep
 
 
 def keep_options(run_dir: Path, config: DictConfig) -> None:

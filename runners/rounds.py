@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .commands import chosen_budget, discover_for, make_task, output_folder, sea
 from .devices import placed, use_device
 from .display import console, errors, finetuned_table, show_load
 from .finetuning.command import got_worse, trained
-from .overrides import is_unused, keep_options
+from .overrides import options_keeper
 from .runs import DENSE, read_run
 
 #: The costs that rounds approach, with their places in a cost.
@@ -40,9 +39,7 @@ def command(config: DictConfig) -> None:
     parse_budget(budget, Cost(1, 1, 1, 1))
     if (run_dir / DENSE).exists():
         raise ConfigError(f"{run_dir} is the run of a search; rounds need a folder of their own")
-    keep = partial(keep_options, run_dir, config)
-    if is_unused(run_dir):
-        keep()
+    keep = options_keeper(run_dir, config)
     task = placed(make_task(config), config.device)
     with console.status("preparing the dense model"):
         dense = discover_for(task, task.make_model(), config).dense_cost if not _is_begun(run_dir) else _dense(run_dir)

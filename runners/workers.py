@@ -14,6 +14,7 @@ from ..spaces.errors import ConfigError, StorageError
 from .commands import LATENCY_FILE, chosen_budget, make_task, prepare, search_options, timing_of
 from .devices import devices_of, placed
 from .display import console, errors
+from .runs import DENSE
 
 
 def command(config: DictConfig) -> None:
@@ -22,9 +23,9 @@ def command(config: DictConfig) -> None:
     if len(devices) > 1 or config.workers not in (None, 1):
         raise ConfigError("a worker is one process on one device: start one for each, without workers=")
     task = placed(make_task(config), devices[0] if devices else None)
-    if task.trains and not (run_dir / "dense" / METRICS).exists():
+    if task.trains and not (run_dir / DENSE / METRICS).exists():
         raise StorageError(
-            f"{run_dir / 'dense'} is missing: the task trains its model, so copy that folder of the search"
+            f"{run_dir / DENSE} is missing: the task trains its model, so copy that folder of the search"
         )
     with errors.status("preparing the dense model"):
         space = prepare(task, config, run_dir, config.start, joins=True)

@@ -129,7 +129,7 @@ def check_lowest_reachable(space: Space, lowest: str | float, key: str, low: Lim
     if key == LATENCY or _is_share(lowest):
         return
     column, scale = KEYS[key]
-    smallest = space.cost_batch(space.smallest_widths()[None])[0][column]
+    smallest = space.smallest_costs()[column]
     if low.values[column] < smallest:
         raise BudgetError(
             f"lowest={lowest}: the smallest candidate in this space has {smallest / scale:,.0f} {key}"
@@ -175,7 +175,7 @@ def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
 
 def check_reachable(space: Space, limits: Limits) -> None:
     """Raises BudgetError, naming the smallest reachable cost, when no plan of ``space`` holds ``limits``."""
-    smallest = space.cost_batch(space.smallest_widths()[None])[0]
+    smallest = space.smallest_costs()
     for key in ("macs", "params", "memory", "size"):
         column = KEYS[key][0]
         if smallest[column] > limits.values[column]:

@@ -239,9 +239,9 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     model, mode, budget, timing = given["model"], given["mode"], given["budget"] or {}, given["timing"]
     if not isinstance(budget, Mapping):
         raise ConfigError(f'budget must be a dictionary such as {{"macs": "50%"}}, not {budget!r}')
-    check_options(mode, given["guide"], given["n_trials"], given["finalists"], given["patience"], given["lowest"])
-    if given["lowest"] is not None:
-        check_lowest(given["lowest"], budget)
+    check_options(
+        mode, given["guide"], given["n_trials"], given["finalists"], given["patience"], given["lowest"], budget
+    )
     inputs = Inputs.of(given["example_inputs"])
     if timing is not None:
         timing.check(model, inputs)
@@ -356,8 +356,9 @@ def check_options(
     finalists: int | None = None,
     patience: int | None = None,
     lowest: str | float | None = None,
+    budget: Mapping[str, str | float] | None = None,
 ) -> None:
-    """Raises ConfigError."""
+    """What can be said without a model. Raises ConfigError, and BudgetError for ``lowest``."""
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if lowest is not None and mode != "front":
@@ -369,6 +370,8 @@ def check_options(
             raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
+    if lowest is not None:
+        check_lowest(lowest, budget or {})
 
 
 def _is_given(

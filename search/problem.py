@@ -121,11 +121,11 @@ class Problem:
     @cached_property
     def _bounds(self) -> tuple[int, float, float]:
         """The column of the objective, and its dense and smallest values; those of latency are ratios."""
-        column, least = self._column, self.space.smallest_widths()[None]
+        column = self._column
         if column == LATENCY_COLUMN:
             assert self.latency is not None
-            return column, 1.0, float(self.latency.ratios(least)[0])
-        return column, asdict(self.space.dense_cost)[self.objective], float(self.space.cost_batch(least)[0][column])
+            return column, 1.0, float(self.latency.ratios(self.space.smallest_widths()[None])[0])
+        return column, asdict(self.space.dense_cost)[self.objective], float(self.space.smallest_costs()[column])
 
 
 def objective_of(budget: Mapping[str, Any] | None) -> str:

@@ -200,6 +200,11 @@ class Space:
         """The smallest allowed width of every dimension, shape ``(dimensions,)``."""
         return self.round_widths(np.zeros(len(self.sizes)))
 
+    def smallest_costs(self) -> NDArray[np.float64]:
+        """What the smallest widths cost, shape ``(4,)``: the columns of :meth:`cost_batch`."""
+        smallest: NDArray[np.float64] = self.cost_batch(self.smallest_widths()[None])[0]
+        return smallest
+
     def next_widths(self, widths: NDArray[np.integer]) -> NDArray[np.int64]:
         """The next larger allowed width of every dimension; the same where it is the largest already."""
         return np.minimum((widths // self._steps + 1) * self._steps, self._high)

@@ -254,7 +254,7 @@ def _cost_table(space: Space) -> Table:
     for name in ("cost", "dense", "smallest", "share"):
         table.add_column(justify="left" if name == "cost" else "right")
     table.add_row("", "dense", "smallest")
-    smallest = space.cost_batch(space.smallest_widths()[None])[0]
+    smallest = space.smallest_costs()
     for (name, dense), least in zip(asdict(space.dense_cost).items(), smallest, strict=True):
         table.add_row(name, f"{dense:,.0f}", f"{least:,.0f}", f"{least / max(dense, 1):.1%}")
     return table

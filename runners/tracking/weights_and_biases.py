@@ -17,6 +17,7 @@ from ...search import Result
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.saved import FINETUNED, METRICS, PLAN, WEIGHTS, read_json
+from ...search.study import name_of
 from ..finetuning import Progress
 from ..runs import is_multirun
 from .figures import coordinates_figure, front_figure, front_of
@@ -233,7 +234,7 @@ class _History:
         return values
 
     def _complete(self, value: float, cost: float, number: int, widths: Mapping[str, int]) -> None:
-        self.points.append((cost, value, f"trial{number:04d}"))
+        self.points.append((cost, value, name_of(number)))
         self.rows.append({"value": value, "widths": widths})
         # The hypervolume counts from 0, or from twice the first value where values are negative (losses).
         self.front = self.front or GrowingFront((min(0.0, 2 * value), self.dense[self.objective]))
