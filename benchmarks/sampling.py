@@ -68,6 +68,9 @@ class SyntheticSpace:
     def smallest_widths(self) -> NDArray[np.int64]:
         return np.ones(len(self.sizes), dtype=np.int64)
 
+    def smallest_costs(self) -> NDArray[np.float64]:
+        return self.cost_batch(self.smallest_widths()[None])[0]
+
     def next_widths(self, widths: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.minimum(widths + 1, self.sizes)
 
