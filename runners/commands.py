@@ -16,70 +16,64 @@ import hydra
 import optuna
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.status import Status
-from torch import nn
 
-from ..search import Result, load, parse_budget
+from ..search import Result, parse_budget
 from ..search import search as run_search
-from ..search.candidates import score_dense
-from ..search.engine import check_options
+from ..search.engine import check_options, early_header
 from ..search.fitting import described_error
+from ..search.front import picked_by
 from ..search.guidance import FIDELITY
 from ..search.latency import LatencyModel
-from ..search.measurement import Settings
 from ..search.problem import objective_of
 from ..search.progress import SearchProgress
 from ..search.samplers import check_sampler
-from ..search.saved import METRICS, load_with, read_json, save_model, write_json
+from ..search.saved import SPACE, read_json, write_json
 from ..search.stairs import Stairs, override
+from ..search.study import Store, check_same_search, ended
 from ..search.timing import Timing
-from ..spaces import Cost, Space, discover
+from ..spaces import Cost, Space
 from ..spaces.devices import CPU
-from ..spaces.errors import ConfigError, PrunefrontError, SearchError, StorageError
+from ..spaces.errors import ConfigError, StorageError
 from ..spaces.groups import Group
 from ..spaces.inputs import Inputs
 from .beside import beside
+from .dense import dense_line, discover_for, prepare, scored_dense
 from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
-from .finetuning.trial import TrialTuning
-from .modules import look_in_current_folder
+from .making import chosen_budget, make_task, plain, sampler_of, timing_of, tuning_of
 from .overrides import options_keeper, to_be_repeated
-from .picking import picked_by
 from .report import write_report
-from .runs import DENSE, read_run
+from .runs import read_run
 from .tasks import Task
 from .tracking import Guarded
 
-#: The budget of a search that names none.
-DEFAULT_BUDGET = {"macs": "50%"}
 #: What latency was predicted from, in the run's folder.
 LATENCY_FILE = "latency.json"
-#: Keys of a task that a search makes no use of: other values are no other task.
-TRAINING_KEYS = ("training", "batch_size")
 
 
 def search(config: DictConfig) -> float:
     """Search within a budget or along the front, and save the models that were found."""
     run_dir = output_folder()
     budget = chosen_budget(config)
-    check_early(config, budget)
+    check_early(config, budget, run_dir)
     devices = devices_of(config)
     keep = options_keeper(run_dir, config)
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
     result = searched(config, budget, task, run_dir, config.start, keep)
-    show_result(result, read_run(run_dir), bool(budget))
+    show_result(result, read_run(run_dir))
     return result.best.metrics["score"]
 
 
-def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
+def check_early(config: DictConfig, budget: Mapping[str, str], run_dir: Path) -> None:
     """What can be wrong without a model is told before one is trained.
 
     Raises:
         ConfigError, BudgetError, StorageError: see their messages.
+        SearchError: ``run_dir`` has another search.
     """
     parse_budget(budget, Cost(1, 1, 1, 1), may_be_empty=True)
     check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest, budget)
@@ -90,6 +84,11 @@ def check_early(config: DictConfig, budget: Mapping[str, str]) -> None:
     for run in config.warm_start:
         if not Path(run).is_dir():
             raise StorageError(f"warm_start: {run} does not exist; expected the folder of a run")
+    if (run_dir / SPACE).exists():
+        there = read_json(run_dir / SPACE).get("search")
+        header = early_header(config.mode, budget, config.seed, Store(run_dir, config.storage))
+        if isinstance(there, dict):  # else it is damaged, which the search tells
+            check_same_search(there, header, f"the run directory {run_dir}")
 
 
 def output_folder() -> Path:
@@ -165,7 +164,7 @@ def tracked_search(
             console.print(
                 told if task.score is None else f"{told}; the best get the score", style="dim", highlight=False
             )
-        tracker.start(plain(config), run_dir, dense, objective)
+        tracker.start({**plain(config), "budget": budget}, run_dir, dense, objective)
 
     try:
         with others, bar as progress:
@@ -189,14 +188,6 @@ def tracked_search(
     return result
 
 
-def dense_line(dense: Mapping[str, Any], seconds: float) -> str:
-    """What the search starts from, and how long it took to get there: a task may train its model first."""
-    scores = f"{dense['score_name']} {dense['score']:.4f}"
-    if "test" in dense:
-        scores += f" (test {dense['test']:.4f})"
-    return f"dense: {scores}, {dense['macs']:,} MACs, {dense['params']:,} params, ready in {seconds:.1f} s"
-
-
 def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> dict[str, Any]:
     """Arguments of :func:`prunefront.search` that the search and its workers share."""
     copied = ("mode", "lowest", "n_trials", "timeout_s", "patience", "guide", "finalists", "seed", "storage")
@@ -211,154 +202,11 @@ def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> di
     }
 
 
-def instantiated(config: DictConfig, name: str, own: type[PrunefrontError]) -> Any:
-    """What ``_target_`` makes. Errors of the kind ``own`` are raised as they are, others as ConfigError."""
-    try:
-        return hydra.utils.instantiate(config, _convert_="all")
-    except HydraException as error:
-        if isinstance(error.__cause__, own):
-            raise error.__cause__ from None
-        raise ConfigError(f"the {name} cannot be made: {str(error).strip()}") from error
-
-
-def sampler_of(config: DictConfig) -> Any:
-    """A name, or what ``_target_`` makes. Raises ConfigError for what is no sampler."""
-    if isinstance(config.sampler, str):
-        return config.sampler
-    sampler = instantiated(config.sampler, "sampler", ConfigError)
-    if not isinstance(sampler, optuna.samplers.BaseSampler):
-        raise ConfigError(f"sampler._target_ must make an Optuna sampler, not {type(sampler).__name__}")
-    return sampler
-
-
-def tuning_of(config: DictConfig, task: Task) -> TrialTuning | None:
-    """A moment of training for every candidate, or None. Raises ConfigError where the task cannot be trained on."""
-    if not config.finetune_steps:
-        return None
-    return TrialTuning(task, config.finetune_steps, config.finetune_lr, config.seed)
-
-
-def timing_of(config: DictConfig) -> Timing | None:
-    """What measures latency, or None. Raises TargetError for what the target cannot do."""
-    if "_target_" not in config.target:
-        return None
-    target = instantiated(config.target, "target", PrunefrontError)
-    options = config.latency
-    return Timing(
-        target,
-        error=options.error,
-        most=options.most,
-        limit_s=options.limit_s,
-        settings=Settings(tolerance=options.tolerance, limit_s=options.measurement_s, seed=config.seed),
-        cache=Path(options.cache).expanduser(),
-        batch_size=options.batch_size,
-        input_shapes=plain(options.input_shapes),
-    )
-
-
-def make_task(config: DictConfig) -> Task:
-    """Raises ConfigError for whatever keeps the task from being made."""
-    look_in_current_folder()
-    task = instantiated(config.task, "task", ConfigError)
-    if not isinstance(task, Task):
-        raise ConfigError(f"task._target_ must make a prunefront Task, not {type(task).__name__}")
-    return task
-
-
-def prepare(
-    task: Task, config: DictConfig, run_dir: Path, start: str | Path | None = None, joins: bool = False
-) -> Space:
-    """The space of the dense model, which the run keeps in ``dense`` before anything of it can fail: it may have been
-    trained.
-
-    ``start``: a saved model that is the dense one instead of the task's. ``joins``: the run is another process's.
-
-    Raises:
-        SearchError: the run directory belongs to another task.
-    """
-    folder, described = run_dir / DENSE, described_task(config, start)
-    kept = read_json(folder / METRICS) if folder.exists() else None
-    if kept is not None and kept.get("task") != described:
-        if joins or "score" in kept:
-            raise SearchError(f"{run_dir} belongs to another task: {kept.get('task')}; choose another run_dir")
-        kept = None  # nothing has come of it: its score failed, for example
-    if kept is not None:
-        return discover_for(task, kept_model(folder, task, start), config)
-    model = task.make_model() if start is None else load(Path(start)).to(task.device)
-    save_model(folder, model, None, {"task": described}, task.example_inputs)
-    if task.device == CPU:  # where all processes can share the file
-        model = kept_model(folder, task, start, model)
-    return discover_for(task, model, config)
-
-
-def described_task(config: DictConfig, start: str | Path | None) -> str:
-    """What says whether another search has the same dense model, as text."""
-    described = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
-    return json.dumps(described if start is None else {**described, "start": str(start)}, sort_keys=True)
-
-
-def scored_dense(task: Task, space: Space, run_dir: Path) -> dict[str, Any]:
-    """Costs and scores of the dense model of ``space``, with their ``score_name``; the run keeps them."""
-    path = run_dir / DENSE / METRICS
-    kept = read_json(path)
-    if "score" not in kept:
-        name = FIDELITY if task.score is None else task.score_name
-        kept |= {**asdict(space.dense_cost), **dense_scores(task, space.model), "score_name": name}
-        write_json(path, kept)
-    return {"score_name": task.score_name, **{key: value for key, value in kept.items() if key != "task"}}
-
-
-def kept_model(folder: Path, task: Task, start: str | Path | None, made: nn.Module | None = None) -> nn.Module:
-    """The dense model from the run's folder: on the processor all processes map the same file, so that memory holds its
-    weights once. ``made``: the one that was saved there, where this process has done so."""
-    try:
-        model = load_with(folder, task.make_model if made is None else lambda: made).to(task.device)
-    except StorageError:
-        if made is not None:
-            return made
-        if task.trains or start is not None:
-            raise
-        return task.make_model()  # of a class that has not been imported yet, for example
-    if task.held is not None and start is None and task.device == CPU:
-        share_weights(task.held, model)
-    return model
-
-
-def share_weights(model: nn.Module, other: nn.Module) -> None:
-    """Let ``model`` have the tensors of ``other`` instead of its own, where all are equal."""
-    theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if own.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in own.items()):
-        for name, tensor in own.items():
-            tensor.data = theirs[name].data
-
-
-def discover_for(task: Task, model: nn.Module, config: DictConfig) -> Space:
-    return discover(
-        model,
-        task.example_inputs,
-        calibration=task.calibration,
-        loss=task.loss,
-        autocast=task.autocast,
-        seed=config.seed,
-        **plain(config.space),
-    )
-
-
-def dense_scores(task: Task, model: nn.Module) -> dict[str, float]:
-    """The score and the test score of the dense model. Raises ConfigError when it cannot be scored."""
-    # Without a score it is fidelity, and that to itself is known: no difference at all.
-    functions = {"score": task.score or (lambda _: 0.0), "test": task.test}
-    return {
-        name: score_dense(model, function, f"task.{name}", task.autocast)
-        for name, function in functions.items()
-        if function is not None
-    }
-
-
-def show_result(result: Result, run: Mapping[str, Any], has_budget: bool) -> None:
+def show_result(result: Result, run: Mapping[str, Any]) -> None:
     rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
-    console.print(front_table(rows, result.best.name, run["dense"], run["score_name"], picked_by(has_budget)))
+    console.print(
+        front_table(rows, result.best.name, run["dense"], run["score_name"], picked_by(result.has_budget, len(rows)))
+    )
     for remark in result.remarks:
         console.print(remark, style="dim", highlight=False, soft_wrap=True)
     total = sum(result.seconds.values()) or 1.0
@@ -368,7 +216,8 @@ def show_result(result: Result, run: Mapping[str, Any], has_budget: bool) -> Non
     console.print(f"report  {result.run_dir}/report.html", soft_wrap=True, highlight=False)
     show_load(result.run_dir)
     more = shlex.join([f"resume={result.run_dir}", *to_be_repeated(result.run_dir)])
-    console.print(f"more    prunefront search {more} n_trials=...", soft_wrap=True, highlight=False)
+    done, _ = ended(result.study.get_trials(deepcopy=False))
+    console.print(f"more    prunefront search {more} n_trials={2 * done}", soft_wrap=True, highlight=False)
 
 
 def space(config: DictConfig) -> None:
@@ -451,16 +300,3 @@ def show_stairs(stairs: Sequence[Stairs], timing: Timing, as_json: bool) -> None
         print(json.dumps({"steps": described, "override": override(stairs), "target": target}, indent=1))
     else:
         console.print(stairs_view(stairs, timing.target.description))
-
-
-def given_budget(config: DictConfig) -> dict[str, str]:
-    return {str(key): value for key, value in config.budget.items() if value is not None}
-
-
-def chosen_budget(config: DictConfig) -> dict[str, str]:
-    """The given budget; half of the MACs where a search within a budget has none."""
-    return given_budget(config) or ({} if config.mode == "front" else DEFAULT_BUDGET)
-
-
-def plain(config: DictConfig) -> Any:
-    return OmegaConf.to_container(config, resolve=True)

@@ -47,11 +47,6 @@ def picked(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[
     return best(within(run, budget, entries) if budget else versions(run["picked"], entries))
 
 
-def picked_by(has_budget: bool) -> str:
-    """How the pick was chosen."""
-    return "the best score within the budget" if has_budget else "the knee, where the front bends most"
-
-
 def given_limits(pick: DictConfig) -> dict[str, str]:
     """The budget in ``pick``."""
     return {str(key): value for key, value in pick.items() if key != "names" and value is not None}

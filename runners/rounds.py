@@ -12,10 +12,12 @@ from ..search.budget import KEYS, LATENCY, parse_budget
 from ..search.saved import METRICS, read_json, write_json
 from ..spaces import Cost
 from ..spaces.errors import ConfigError
-from .commands import chosen_budget, discover_for, make_task, output_folder, searched
+from .commands import output_folder, searched
+from .dense import discover_for
 from .devices import placed, use_device
 from .display import console, errors, finetuned_table, show_load
 from .finetuning.command import got_worse, trained
+from .making import chosen_budget, make_task
 from .overrides import options_keeper
 from .runs import DENSE, read_run
 

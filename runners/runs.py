@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.saved import FINETUNED, METRICS, RESULT, read_json
+from ..search.saved import FINETUNED, METRICS, RESULT, SPACE, read_json
 from ..spaces import Cost
 from ..spaces.errors import StorageError
 
@@ -39,7 +39,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     if not run_dir.is_dir():
         raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
-    if not (run_dir / "space.json").exists():
+    if not (run_dir / SPACE).exists():
         inside = sorted(path.parent.name for path in run_dir.glob("*/space.json"))
         named = f"; name one of those in it, such as {run_dir / inside[-1]}" if inside else ""
         raise StorageError(f"{run_dir} is no run of a search: it has no space.json{named}")
@@ -47,7 +47,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise StorageError(
             f"{run_dir} is no finished run: it has no {RESULT}; finish it with prunefront search resume={run_dir}"
         )
-    result, space = read_json(run_dir / RESULT), read_json(run_dir / "space.json")
+    result, space = read_json(run_dir / RESULT), read_json(run_dir / SPACE)
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():
         dense |= read_json(run_dir / DENSE / METRICS)

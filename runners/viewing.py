@@ -9,12 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..search.front import picked_by
 from ..search.saved import METRICS, RESULT, read_json, read_plan
 from ..spaces.errors import SearchError, StorageError
 from .check import check_model
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
 from .modules import import_modules
-from .picking import best, given_limits, picked, picked_by, picks, within
+from .picking import best, given_limits, picked, picks, within
 from .report import write_report
 from .runs import (
     DENSE,
@@ -40,7 +41,7 @@ def front(config: DictConfig) -> None:
         kept = {key: [entry for entry in run[key] if entry in entries] for key in ("front", "finetuned")}
         print(json.dumps({"picked": name, **kept, "dense": run["dense"]}, indent=1))
         return
-    rule = picked_by(bool(budget or run["space"]["search"]["budget"]))
+    rule = picked_by(bool(budget or run["space"]["search"]["budget"]), len(run["front"]))
     console.print(front_table(entries, name, run["dense"], run["score_name"], rule))
     show_load(folder_of(run_dir, name))
 

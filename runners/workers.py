@@ -11,9 +11,11 @@ from ..search.latency import LatencyModel, Measurements
 from ..search.saved import METRICS, read_json
 from ..spaces import Space
 from ..spaces.errors import ConfigError, StorageError
-from .commands import LATENCY_FILE, chosen_budget, make_task, prepare, search_options, timing_of
+from .commands import LATENCY_FILE, search_options
+from .dense import prepare
 from .devices import devices_of, placed
 from .display import console, errors
+from .making import chosen_budget, make_task, timing_of
 from .runs import DENSE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -173,18 +173,21 @@ def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
     return limit
 
 
-def check_reachable(space: Space, limits: Limits) -> None:
-    """Raises BudgetError, naming the smallest reachable cost, when no plan of ``space`` holds ``limits``."""
-    smallest = space.smallest_costs()
-    for key in ("macs", "params", "memory", "size"):
-        column = KEYS[key][0]
-        if smallest[column] > limits.values[column]:
-            raise BudgetError(
-                f"budget {key}<={limits.values[column]:,.0f}: the smallest candidate in this space has "
-                f"{smallest[column]:,.0f}; "
-                + (
-                    f"was {limits.values[column]:g}% meant?"
-                    if limits.values[column] <= 100
-                    else "raise the limit or lower round_to"
-                )
-            )
+def check_reachable(space: Space, budget: Mapping[str, str | float], limits: Limits) -> None:
+    """``limits``: what ``budget`` says.
+
+    Raises:
+        BudgetError: no plan of ``space`` holds them; it names the smallest cost that can be reached.
+    """
+    smallest, dense = space.smallest_costs(), list(asdict(space.dense_cost).values())
+    for key, text in budget.items():
+        if key == LATENCY or smallest[column := KEYS[key][0]] <= limits.values[column]:
+            continue
+        number = smallest[column] / KEYS[key][1]
+        share = math.ceil(1e4 * smallest[column] / dense[column]) / 100  # rounded up: as a budget it can be held
+        is_bare = re.fullmatch(r"[\d.]+", str(text)) and float(text) <= 100
+        advice = f"was {text}% meant?" if is_bare else "raise the budget, or widen the space with its options"
+        raise BudgetError(
+            f"budget {key}={text}: the smallest candidate in this space has {number:,.0f}, {share:g}% of the dense "
+            f"model's; {advice}"
+        )

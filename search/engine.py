@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import inspect
 import itertools
+import logging
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..spaces.calibration import check_calibration
 from ..spaces.errors import ConfigError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
+from ..spaces.rebuild import own_classes
 from .budget import (
     LATENCY,
     LATENCY_COLUMN,
@@ -47,6 +49,7 @@ from .study import (
     Store,
     check_described,
     check_owner,
+    ended,
     join_study,
     keep_copy,
     open_study,
@@ -54,6 +57,8 @@ from .study import (
 from .timing import Timing
 from .tuning import Tuning
 from .warm_start import read_earlier
+
+logger = logging.getLogger(__name__)
 
 MODES = ("budget", "front")
 #: Searched unless the user says otherwise.
@@ -144,6 +149,7 @@ def search(
     prepared = _prepared(locals())
     if before_trials is not None:
         before_trials(prepared.loop.study)
+    prepared.warn(n_trials)
     dense = prepared.scored_dense(score, dense)
     bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
@@ -165,17 +171,14 @@ def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
         SearchError: the search is of another model, space or budget than these arguments say.
         StorageError: there is no search to join.
     """
-    given = {**_defaults(), **options, "model": model, "example_inputs": example_inputs}
+    bound = inspect.signature(search).bind(model, example_inputs, **options)
+    bound.apply_defaults()
+    given = bound.arguments
     prepared = _prepared(given, joins=True)
     try:
         prepared.loop.trials(given["n_trials"], given["timeout_s"], given["patience"], given["callbacks"])
     except OSError as error:
         raise _no_room(prepared.store.run_dir, error) from error
-
-
-def _defaults() -> dict[str, Any]:
-    parameters = inspect.signature(search).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _no_room(run_dir: Path, error: OSError) -> StorageError:
@@ -199,6 +202,18 @@ class _Prepared:
         problem = self.loop.problem
         known = {} if problem.latency is None else {LATENCY_MS: problem.latency.dense_ms}
         return SearchProgress(n_trials, problem.objective, asdict(problem.space.dense_cost) | known)
+
+    def warn(self, n_trials: int) -> None:
+        """Say what the user may not expect."""
+        done, _ = ended(self.loop.study.get_trials(deepcopy=False))
+        if done >= n_trials:
+            logger.warning("%d trials are done, and n_trials=%d counts them: no more are run", done, n_trials)
+        if own := own_classes(self.loop.problem.space.model):
+            logger.warning(
+                "%s of the running script cannot be loaded by other programs without the dense model: define it in a "
+                "module of its own, and import it",
+                ", ".join(own),
+            )
 
     def scored_dense(self, score: Score | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What is known of the dense model, with its score: one that fails is told before any trial.
@@ -321,7 +336,7 @@ def _limits_of(
         latency = timing.model(space, inputs, budget=None if may_be_empty else budget)
     dense_ms = None if latency is None else latency.dense_ms
     limits = parse_budget(budget, space.dense_cost, may_be_empty, dense_ms)
-    check_reachable(space, limits)
+    check_reachable(space, budget, limits)
     if latency is not None:
         check_latency(latency, limits.values[LATENCY_COLUMN])
     low = None if lowest is None else parse_lowest(lowest, budget, space.dense_cost, dense_ms)
@@ -334,18 +349,25 @@ def _header(given: Mapping[str, Any], problem: Problem, guided: Guidance, store:
     """What must be the same for a search to go on, and for a process to join it."""
     space, tuning, timing = problem.space, given["tuning"], given["timing"]
     return {
-        "mode": given["mode"],
-        "objective": problem.objective,
-        "budget": {key: str(value) for key, value in (given["budget"] or {}).items()},
+        **early_header(given["mode"], given["budget"] or {}, given["seed"], store),
         "criterion": ", ".join(space.criteria),
         "compensation": space.compensation,
         "guide": guided.name,
         "tuning": None if tuning is None else tuning.description,
         **{f"space.{key}": value for key, value in space.options.to_json().items()},
         "target": None if timing is None else dict(timing.target.description),
-        "storage": store.kind,
-        "seed": given["seed"],
         "weights": weights_digest(space.model),
+    }
+
+
+def early_header(mode: str, budget: Mapping[str, str | float], seed: int, store: Store) -> dict[str, Any]:
+    """Of the header, what is known without a model."""
+    return {
+        "mode": mode,
+        "objective": objective_of(budget),
+        "budget": {key: str(value) for key, value in budget.items()},
+        "seed": seed,
+        "storage": store.kind,
     }
 
 

@@ -83,3 +83,12 @@ def knee(scores: Values, costs: Values) -> int:
     gain = (score - score[0]) / (score[-1] - score[0])
     price = (cost - cost[0]) / (cost[-1] - cost[0])
     return int(np.argmax(gain - price))
+
+
+def picked_by(has_budget: bool, models: int) -> str:
+    """How the best of a front of so many ``models`` is chosen, in words."""
+    if has_budget:
+        return "the best score within the budget"
+    return (
+        "the knee, where the front bends most" if models > 2 else "the higher score" if models == 2 else "the only one"
+    )

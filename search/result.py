@@ -24,11 +24,12 @@ from ..spaces.devices import device_of
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
-from .front import knee, non_dominated, thinned
+from .formats import count_text, milliseconds_text, score_text
+from .front import knee, non_dominated, picked_by, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
-from .saved import FINETUNED, METRICS, RESULT, load_with, read_json, read_saved, save_model, write_json
+from .saved import METRICS, RESULT, load_with, read_json, read_saved, save_model, write_json
 from .study import ended, finished, name_of
 from .timing import Timing
 from .tuning import STOPPED
@@ -84,20 +85,31 @@ class Result:
     #: Seconds by part: ask, project, build, recalibrate, score, tell, test, save.
     seconds: Mapping[str, float]
     dense: Mapping[str, Any]
+    has_budget: bool
     #: What a table of the front leaves open.
     remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        rows = [("dense", self.dense), *((entry.name, entry.metrics) for entry in self.front)]
-        shown = [key for key in ("score", "test", "macs", "params", LATENCY_MS) if key in self.best.metrics]
-        lines = [f"{'':12}" + "".join(f"{key:>16}" for key in shown)]
-        lines += [f"{name:12}" + "".join(_cell(metrics.get(key)) for key in shown) for name, metrics in rows]
+        texts = {key: text for key, text in _SHOWN.items() if key in self.best.metrics}
+        rows = [["", *texts], ["dense", *(text(self.dense.get(key), None) for key, text in texts.items())]]
+        for entry in self.front:
+            cells = [text(entry.metrics.get(key), self.dense.get(key)) for key, text in texts.items()]
+            rows.append([("* " if entry is self.best else "  ") + entry.name, *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([f"{row[0]:{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         count = f"{len(self.front)} model{'s' * (len(self.front) > 1)}"
-        return "\n".join([f"{count} in {self.run_dir}, best: {self.best.name}", *lines, *self.remarks])
+        picked = f"* picked: {picked_by(self.has_budget, len(self.front))}"
+        return "\n".join([f"{count} in {self.run_dir}; shares are of the dense model", *lines, picked, *self.remarks])
 
 
-def _cell(value: Any) -> str:
-    return f"{'-' if value is None else f'{value:,.4f}' if isinstance(value, float) else f'{value:,}':>16}"
+#: Metrics in the table of a result, and how they are written.
+_SHOWN: dict[str, Callable[[float | None, float | None], str]] = {
+    "score": score_text,
+    "test": score_text,
+    "macs": count_text,
+    "params": count_text,
+    LATENCY_MS: milliseconds_text,
+}
 
 
 @dataclass(frozen=True)
@@ -261,18 +273,30 @@ def collect(
             **_dense_latency(entries),
         },
     )
-    _remove_others(run_dir / "front", {entry.name for entry in entries})
-    remarks = _remarks(study, judged, len(entries))
+    gone = _remove_others(run_dir / "front", {entry.name for entry in entries})
     return Result(
-        entries[best], tuple(entries), objective, study, candidates.space, run_dir, seconds, described, remarks
+        entries[best],
+        tuple(entries),
+        objective,
+        study,
+        candidates.space,
+        run_dir,
+        seconds,
+        described,
+        has_budget,
+        _remarks(study, judged, len(entries), gone),
     )
 
 
-def _remarks(study: optuna.Study, judged: int, on_front: int) -> tuple[str, ...]:
+def _remarks(study: optuna.Study, judged: int, on_front: int, gone: Sequence[str]) -> tuple[str, ...]:
     done, failed = ended(study.get_trials(deepcopy=False))
     found = [f"{failed} of {done} trials failed"] if failed else []
-    if len(study.directions) > 1 and judged > on_front:
+    if judged > on_front:
         found.append(f"{judged - on_front} of {judged} judged models are no better than a cheaper one")
+    if on_front == 1 and len(study.directions) > 1:
+        found.append("a front of one model: more trials may find others")
+    if gone:
+        found.append(f"no longer on the front, and removed: {', '.join(gone)}; their plans stay in the study")
     return tuple(found)
 
 
@@ -369,11 +393,16 @@ def _saved_metrics(path: Path, plan: Plan) -> dict[str, Any] | None:
         return None
 
 
-def _remove_others(front: Path, names: set[str]) -> None:
-    """Models that a longer search has found better ones than; their plans stay in the study.
+def _remove_others(front: Path, names: set[str]) -> list[str]:
+    """Remove models that a longer search has found better ones than, and return their names.
 
-    Those that were fine-tuned stay: training takes longer than the search.
+    Those stay whose folders hold work of the user's: what was fine-tuned, exported.
     """
-    for folder in front.iterdir():
-        if folder.name not in names and not (folder / FINETUNED).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    gone = [
+        folder
+        for folder in sorted(front.iterdir())
+        if folder.is_dir() and folder.name not in names and not any(path.is_dir() for path in folder.iterdir())
+    ]
+    for folder in gone:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in gone if not folder.name.startswith(".")]

@@ -26,7 +26,9 @@ from ..spaces.rebuild import describe, rebuild, refill
 from ..spaces.surgery import tensors_of
 
 FORMAT = 1
-PLAN, WEIGHTS, METRICS, RESULT = "plan.json", "weights.safetensors", "metrics.json", "result.json"
+PLAN, WEIGHTS, METRICS = "plan.json", "weights.safetensors", "metrics.json"
+#: Of a run: what was searched, and what was found.
+SPACE, RESULT = "space.json", "result.json"
 #: Bytes of the largest JSON file that is read; plans of large models have a few MiB.
 JSON_LIMIT = 256 << 20
 #: Folder of what was trained on from a saved model, inside the folder of that.

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from ..spaces import Space
 from ..spaces.errors import SearchError, StorageError
 from .liveness import WORKER, is_stale
-from .saved import read_json, write_json
+from .saved import SPACE, read_json, write_json
 
 STUDY_NAME, JOURNAL = "prunefront", "study.journal"
 #: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
@@ -211,7 +211,7 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> dict[str
         SearchError: the directory belongs to another model or search.
         StorageError: its ``space.json`` is damaged.
     """
-    path = run_dir / "space.json"
+    path = run_dir / SPACE
     run_dir.mkdir(parents=True, exist_ok=True)
     described = {
         "fingerprint": space.fingerprint,
@@ -232,18 +232,42 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> dict[str
 
 def check_described(found: dict[str, Any], space: Space, header: dict[str, Any], where: str) -> None:
     """Raises SearchError unless ``found``, what stands in ``where``, describes this search."""
-    search = found.get("search", {})
-    differing = [key for key, value in header.items() if search.get(key, _UNSAID.get(key)) != value]
-    if "weights" in differing or (not differing and found.get("fingerprint") != space.fingerprint):
-        what = (
-            "a model with other weights"
-            if search and found.get("fingerprint") == space.fingerprint
-            else "another model"
-        )
+    search, is_same_model = found.get("search", {}), found.get("fingerprint") == space.fingerprint
+    options = {key: value for key, value in header.items() if key != "weights"}
+    has_same_weights = _value(search, "weights") == header["weights"]
+    if not has_same_weights or (not is_same_model and not _changed(search, options)):
+        what = "a model with other weights" if search and is_same_model else f"another model{_difference(found, space)}"
         raise SearchError(f"{where} belongs to {what}; choose another run_dir")
-    if differing:
-        changes = ", ".join(f"{key} {search.get(key)!r}, not {header[key]!r}" for key in differing)
-        raise SearchError(f"the search in {where} has {changes}; choose another run_dir, or continue with the same")
+    check_same_search(search, options, where)
+
+
+def check_same_search(search: Mapping[str, Any], header: Mapping[str, Any], where: str) -> None:
+    """Raises SearchError unless ``search``, which describes the search in ``where``, has the values of ``header``."""
+    if changed := _changed(search, header):
+        changes = ", ".join(f"{key} {search.get(key)!r}, not {header[key]!r}" for key in changed)
+        raise SearchError(
+            f"the search in {where} has {changes}; continue with the same, or choose another run_dir: with warm_start "
+            "it learns from this one"
+        )
+
+
+def _changed(search: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in header.items() if _value(search, key) != value]
+
+
+def _value(search: Mapping[str, Any], key: str) -> Any:
+    return search.get(key, _UNSAID.get(key))
+
+
+def _difference(found: Mapping[str, Any], space: Space) -> str:
+    """In what the model that ``found`` describes is another one, as far as was written down."""
+    before = {group["name"]: group["size"] for group in found.get("groups", [])}
+    now = {group.name: group.size for group in space.groups}
+    for name in [*before, *now]:
+        if before.get(name) != now.get(name):
+            sizes = [f"{held[name]:,} units" if name in held else "no such group" for held in (before, now)]
+            return f": {name} has {sizes[0]} there and {sizes[1]} here"
+    return ""
 
 
 def cut_torn_tail(journal: Path) -> None:

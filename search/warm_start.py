@@ -12,7 +12,7 @@ import numpy as np
 from ..spaces.errors import SearchError
 from .problem import Problem
 from .sampler import Scored
-from .saved import read_json
+from .saved import SPACE, read_json
 from .study import finished, read_study
 
 #: What may differ between two searches whose values are compared.
@@ -40,7 +40,7 @@ def read_earlier(runs: Sequence[str | Path], problem: Problem, header: Mapping[s
     """
     found, best = [], []
     for run in map(Path, runs):
-        described = read_json(run / "space.json")
+        described = read_json(run / SPACE)
         search = described.get("search", {})
         differing = [key for key, value in header.items() if key not in _FREE and search.get(key) != value]
         if described.get("fingerprint") != problem.space.fingerprint:

@@ -23,6 +23,8 @@ from .surgery import tensors_of
 
 #: Packages whose modules may be imported because a file names them.
 TRUSTED = ("prunefront", "timm", "torch", "torchvision", "transformers")
+#: The module of a script that is run, or a notebook.
+SCRIPT = "__main__"
 _CONFIG_CLASSES = {
     "transformers.configuration_utils.PretrainedConfig",
     "transformers.configuration_utils.PreTrainedConfig",
@@ -253,12 +255,23 @@ def _function(name: str) -> Any:
     return found if isinstance(found, BuiltinFunctionType) else None
 
 
+def own_classes(model: nn.Module) -> list[str]:
+    """Classes of modules that were defined in the running script or notebook: elsewhere they have no name."""
+    found = {type(module) for module in model.modules()}
+    return sorted(cls.__qualname__ for cls in found if cls.__module__ == SCRIPT)
+
+
 def _path(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _module_class(path: str) -> type[nn.Module]:
     found = _class(path)
+    if found is None and path.startswith(f"{SCRIPT}:"):
+        raise StorageError(
+            f"the saved model uses the class {path.partition(':')[2]} of the script that saved it; give the dense "
+            "model, load(path, model=dense_model), or define the class in a module of its own and search again"
+        )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise StorageError(f"the saved model uses {path}, which is not a module class here")
     return found
@@ -268,7 +281,7 @@ def _class(path: str) -> Any:
     """What ``path`` names, in a module that is imported already or trusted."""
     module, _, qualname = path.partition(":")
     if module not in sys.modules:
-        if module.partition(".")[0] not in TRUSTED or module.endswith("__main__"):
+        if module.partition(".")[0] not in TRUSTED or module.endswith(SCRIPT):
             raise StorageError(
                 f"the saved model uses {qualname} of {module}: if you trust it, import {module} first, "
                 f"on the command line with 'modules=[{module}]'"

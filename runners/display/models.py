@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ...search.formats import count_text, milliseconds_text, score_text
 from ...search.guidance import FIDELITY
 from ..runs import DENSE, TUNED
 
@@ -24,7 +25,7 @@ def finetuned_table(
         share = f"{metrics['macs'] / dense['macs']:.1%}" if "macs" in metrics and "macs" in dense else "-"
         gains = [_gain(metrics.get(key), metrics.get(f"{key}_before")) for key in ("score", "test")]
         scores = [
-            f"{_score(metrics.get(key), None)} {gain}" for key, gain in zip(("score", "test"), gains, strict=True)
+            f"{score_text(metrics.get(key), None)} {gain}" for key, gain in zip(("score", "test"), gains, strict=True)
         ]
         table.add_row(name, *scores, _gain(metrics.get(split), dense.get(split)), share, f"{metrics['steps']:,}")
     return table
@@ -51,7 +52,7 @@ def front_table(
     table.add_column("model", no_wrap=True)
     kinds = dict(_KINDS)
     if any("latency_ratio" in entry for entry in entries):
-        kinds["latency_ms"] = ("latency", _milliseconds)
+        kinds["latency_ms"] = ("latency", milliseconds_text)
     for heading, _ in kinds.values():
         table.add_column(heading.format(score=score_name), justify="right")
 
@@ -94,7 +95,7 @@ def multirun_table(
     table.add_column("overrides", no_wrap=len(max(overrides, key=len)) <= MOST_OVERRIDES)
     shown = {key: kind for key, kind in _KINDS.items() if key != "params" and any(key in row for row in rows)}
     if any("latency_ratio" in row for row in rows):
-        shown["latency_ms"] = ("latency", _milliseconds)
+        shown["latency_ms"] = ("latency", milliseconds_text)
     for heading, _ in shown.values():
         table.add_column(heading.format(score=score_name), justify="right")
     for row, text in zip(rows, overrides, strict=True):
@@ -111,32 +112,14 @@ def bar(share: float) -> str:
     return "█" * round(BAR * share)
 
 
-def _milliseconds(value: float | None, dense: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g} ms" if dense is None else f"{value:.3g} ms ({value / dense:.1%})"
-
-
-def _score(value: float | None, dense: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if dense is None else f"{value:.4f} ({value - dense:+.4f})"
-
-
 def _gain(value: float | None, reference: float | None) -> str:
     return "" if value is None or reference is None else f"{value - reference:+.4f}"
 
 
-def _count(value: float | None, dense: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if dense is None else f"{value:,.0f} ({value / dense:.1%})"
-
-
 #: Columns of the table of models: headings, and how values are written.
 _KINDS: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
-    "score": ("{score} (search)", _score),
-    "test": ("{score} (test)", _score),
-    "macs": ("MACs", _count),
-    "params": ("params", _count),
+    "score": ("{score} (search)", score_text),
+    "test": ("{score} (test)", score_text),
+    "macs": ("MACs", count_text),
+    "params": ("params", count_text),
 }

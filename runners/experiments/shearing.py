@@ -22,12 +22,13 @@ from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError
 from ...spaces.huggingface import from_config
-from ..commands import make_task, plain, prepare, scored_dense
+from ..dense import prepare, scored_dense
 from ..devices import placed, use_device
 from ..display import console, show_load
 from ..exporting.huggingface import check_uniform, export_huggingface
 from ..finetuning import Finetuned, Recipe, finetune
 from ..finetuning.progress import TrainingProgress
+from ..making import make_task, plain
 from ..tasks import Task
 from ..tasks.hf_causal_lm import AUTO
 from ..tasks.huggingface import config_for, takes

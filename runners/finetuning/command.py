@@ -12,9 +12,9 @@ from torch import nn
 from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
-from ..commands import instantiated, make_task, plain
 from ..devices import use_device
 from ..display import console, errors, finetuned_table, show_load
+from ..making import instantiated, make_task, plain
 from ..picking import picks
 from ..report import write_report
 from ..runs import DENSE, TUNED, folder_of, read_run

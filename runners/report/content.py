@@ -14,7 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search.budget import LATENCY_COLUMN, parse_budget
-from ...search.front import hypervolumes
+from ...search.front import hypervolumes, picked_by
 from ...search.problem import COLUMNS, COST_SHARE, CRITERION
 from ...search.result import is_estimate
 from ...search.saved import read_plan
@@ -42,6 +42,7 @@ def described_run(run_dir: Path) -> dict[str, Any]:
         "objective": run["objective"],
         "guide": (study.metric_names or ["score"])[0],
         "picked": run["picked"],
+        "picked_by": picked_by(bool(run["space"]["search"]["budget"]), len(run["front"])),
         "dense": _numbers(run["dense"]),
         "limits": limits(run),
         "front": [_model(run_dir, entry, groups) for entry in run["front"]],

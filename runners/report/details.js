@@ -76,7 +76,7 @@ function modelsSection(run) {
   const keys = ["score", "test", "guide", ...COSTS, "latency_low_ms", "latency_high_ms", "latency_predicted_ms"].filter(key => run.models.some(entry => entry[key] !== undefined));
   const columns = [{ title: "model", value: row => row.name, text: row => row.name + (row.name === run.picked ? " ●" : "") },
     ...keys.map(key => metricColumn(key, row => row, row => row === rows[0] ? {} : run.dense))];
-  return section("Models", note("● is the picked model; what was fine-tuned is named after it and the recipe (trial0012+sgd). Shares are of the dense model. The test split was used for these models only, after the search."),
+  return section("Models", note(`● is the picked model (${run.picked_by}); what was fine-tuned is named after it and the recipe (trial0012+sgd). Shares are of the dense model. The test split was used for these models only, after the search.`),
     slot("models", () => table(columns, rows, { order, marked: row => row.name === state.model, click: row => { if (row.name !== "dense") choose(row.name); } })),
     download(`${run.name}-models.csv`, () => csv(["model", ...keys, ...run.groups.map(group => group.name)],
       rows.map(row => [row.name, ...keys.map(key => row[key]), ...(row.widths || run.groups.map(group => group.size))]))));

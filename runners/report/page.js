@@ -67,7 +67,7 @@ function hardware(run) {
 function tiles(run) {
   const picked = modelOf(run, taken(run)), { dense } = run;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
-  const found = [tile(picked.name, isTuned(picked) ? "the picked model, fine-tuned" : "the picked model")];
+  const found = [tile(picked.name, `the picked model${isTuned(picked) ? ", fine-tuned" : ""}: ${run.picked_by}`)];
   const score = picked.test !== undefined ? "test" : "score";
   found.push(tile(shown(score, picked[score]), `${label(score)}${dense[score] === undefined ? "" : `, dense ${shown(score, dense[score])}`}`));
   for (const key of costsOf(run).filter(key => key !== "memory_bytes" && key !== "size_bytes"))

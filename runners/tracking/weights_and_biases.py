@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ...search import Result
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
-from ...search.saved import FINETUNED, METRICS, PLAN, WEIGHTS, read_json
+from ...search.saved import FINETUNED, METRICS, PLAN, SPACE, WEIGHTS, read_json
 from ...search.study import name_of
 from ..finetuning import Progress
 from ..runs import is_multirun
@@ -72,8 +72,9 @@ class WandbTracker:
         """Start or continue a W&B run."""
         import wandb  # about a second, and only where it is used
 
+        wandb.setup(wandb.Settings(silent=True))
         mode = self.mode or os.environ.get("WANDB_MODE")
-        if mode is None and not wandb.api.api_key:
+        if mode is None and not wandb.login(prompt=False, verify=False):
             mode = "offline"
         self.offline = mode == "offline"
         # Of a multirun all runs are together, with their fine-tunings.
@@ -201,7 +202,7 @@ class _History:
     ) -> None:
         self.guide = (study.metric_names or ["score"])[0]
         self.dense, self.objective = dense, objective
-        self.sizes = {group["name"]: group["size"] for group in read_json(run_dir / "space.json")["groups"]}
+        self.sizes = {group["name"]: group["size"] for group in read_json(run_dir / SPACE)["groups"]}
         self.points: list[tuple[float, float, str]] = []
         self.rows: list[dict[str, Any]] = []
         self.costs = [key for key in dense if key in COSTS]

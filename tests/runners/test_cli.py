@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import prunefront
-from prunefront.runners import commands
+from prunefront.runners import commands, dense
 from prunefront.runners.cli import COMMANDS, main
+from prunefront.search.front import picked_by
 from prunefront.search.study import finished, read_study
 
 
@@ -51,7 +52,7 @@ def test_along_a_front_the_knee_is_picked_and_what_was_judged_is_told(in_tmp, ti
     assert main(["search", *tiny, "mode=front", "n_trials=8", "tracker=none", "run_dir=runs/a"]) == 0
     shown, result = capsys.readouterr().out, json.loads((in_tmp / "runs/a/result.json").read_text())
     worse = result["judged"] - len(result["front"])
-    assert "picked: the knee, where the front bends most" in shown
+    assert f"picked: {picked_by(False, len(result['front']))}" in shown
     assert (f"{worse} of {result['judged']} judged models are no better" in shown) == (worse > 0)
 
 
@@ -176,7 +177,7 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["experiment", "michel2019"], "needs text=..."),
         (["search", "budget.macs=0.5"], "write macs=50% for a share"),
         (["search", "budget.macs=5furlongs"], "cannot read budget macs"),
-        (["search", "task.width=4", "task.epochs=1", "budget.macs=0.01%"], "the smallest candidate"),
+        (["search", "task.width=4", "task.epochs=1", "budget.macs=0.01%"], "budget macs=0.01%: the smallest candidate"),
         (["search", "task.width=4", "task.epochs=1", "sampler=annealing"], "unknown sampler"),
         (["space", "task.width=4", "task.epochs=1", "space.criterion=[l1,l3]"], "unknown criterion ['l3']"),
         (["space", "task.width=4", "task.epochs=1", "space.compensation=ls"], "unknown compensation 'ls'"),
@@ -220,10 +221,15 @@ def test_debug_shows_the_traceback(in_tmp):
         main(["search", "resume=nowhere", "--debug"])
 
 
-def test_a_run_of_another_task_is_refused(in_tmp, tiny, capsys):
+def test_a_run_of_another_task_is_refused(in_tmp, tiny, capsys, monkeypatch):
     assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
     assert main(["search", *tiny, "task.seed=1", "tracker=none", "run_dir=a"]) == 1
-    assert "belongs to another task" in capsys.readouterr().err
+    assert "belongs to another task, with task.seed=0, not 1;" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "make_task", lambda config: pytest.fail("a model was made first"))
+        assert main(["search", *tiny, "budget.macs=30%", "tracker=none", "run_dir=a"]) == 1
+    shown = capsys.readouterr().err
+    assert "budget {'macs': '50%'}, not {'macs': '30%'}" in shown and "with warm_start it learns" in shown
 
 
 def test_a_refused_search_changes_nothing_in_the_run_that_it_named(in_tmp, tiny, capsys):
@@ -247,7 +253,7 @@ def test_a_dense_model_is_kept_before_it_is_scored_and_not_trained_again(in_tmp,
         raise prunefront.PrunefrontError("interrupted")
 
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "dense_scores", interrupted)
+        patched.setattr(dense, "dense_scores", interrupted)
         assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 1
     weights = (in_tmp / "a/dense/weights.safetensors").read_bytes()
     monkeypatch.setattr("prunefront.runners.tasks.digits.fit", interrupted)
@@ -279,9 +285,9 @@ def test_a_task_that_keeps_its_model_shares_the_weights_that_are_the_same():
 
     held, same, other = net(0), net(0), net(1)
     before = held[0].weight.clone()
-    commands.share_weights(held, other)
+    dense.share_weights(held, other)
     assert torch.equal(held[0].weight, before) and held[0].weight.data_ptr() != other[0].weight.data_ptr()
-    commands.share_weights(held, same)
+    dense.share_weights(held, same)
     assert held[0].weight.data_ptr() == same[0].weight.data_ptr() and torch.equal(held[0].weight, before)
 
 
@@ -316,7 +322,7 @@ def test_a_model_of_ones_own_and_no_code_run_from_a_run_folder(in_tmp, capsys):
     assert main(["search", *own, *options, "run_dir=a"]) == 0
     assert isinstance(prunefront.load("a"), nn.Sequential)
     more = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("more"))
-    assert shlex.split(more.partition("search ")[2]) == ["resume=a", *own, "n_trials=..."]
+    assert shlex.split(more.partition("search ")[2]) == ["resume=a", *own, "n_trials=8"]
     assert main(["search", "resume=a", "n_trials=6"]) == 1
     advice = capsys.readouterr().err
     repeated = shlex.split(advice.partition("repeat: prunefront search resume=a ")[2])

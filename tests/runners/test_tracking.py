@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from prunefront.runners.cli import main
 from prunefront.runners.tasks.base import cross_entropy
 from prunefront.runners.tracking import Guarded, NoTracker, WandbTracker
 from prunefront.search.study import finished, read_study
+from tests.wandb_server import wandb_server
 
 BLOCK, HEADER = 32768, 7
 
@@ -109,6 +112,57 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
     expected = json.loads(metrics.read_text())
     assert [step["loss"] for step in history] == [point["loss"] for point in expected["curve"]]
     assert [step["score"] for step in history if "score" in step] == [e["score"] for e in expected["evaluations"]]
+
+
+def command_line(*arguments: str) -> None:
+    """In a process of its own: W&B reads its settings once in a process."""
+    command = [sys.executable, "-m", "prunefront", *arguments]
+    subprocess.run(command, check=True, capture_output=True, timeout=180)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        yield server
+        assert not server.failures
+
+
+def test_an_offline_run_that_is_synced_is_complete(digits_run, tmp_path, server):
+    run_dir = shutil.copytree(digits_run, tmp_path / "digits")
+    folders = [str(path) for path in (run_dir / "wandb").glob("offline-run-*")]
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=True, capture_output=True, timeout=120)
+    ((name, run),) = server.runs.items()
+    trials, result = finished(read_study(run_dir)), json.loads((run_dir / "result.json").read_text())
+    rows = [run["history"][place] for place in sorted(run["history"])]
+    assert [row["fidelity"] for row in rows if "trial" in row] == [trial.values[0] for trial in trials]
+    assert run["summary"]["picked/name"] == result["picked"] and run["complete"] and run["exitcode"] == 0
+    assert run["config"]["n_trials"]["value"] == 6 and run["config"]["budget"]["value"] == {"macs": "50%"}
+    kept = {key.removesuffix(f"-{name}"): artifact for key, artifact in server.artifacts.items()}
+    assert {"dense", result["picked"], "plans"} < set(kept)
+    assert all(artifact["state"] == "COMMITTED" and artifact["run"] == name for artifact in kept.values())
+    sent = server.files[f"artifacts/{result['picked']}-{name}/weights.safetensors"]
+    assert sent == (run_dir / "front" / result["picked"] / "weights.safetensors").read_bytes()
+    pictures = [json.loads(data) for path, data in server.files.items() if path.endswith(".plotly.json")]
+    assert len(pictures) == 3 and all(picture["data"] for picture in pictures)
+
+
+def test_online_a_search_goes_on_as_the_same_run_and_models_have_their_lineage(tiny, tmp_path, server):
+    run_dir = tmp_path / "a"
+    for command in (["search", *tiny, f"run_dir={run_dir}"], ["search", f"resume={run_dir}", "n_trials=8"]):
+        command_line(*command)  # with a key it is online
+    command_line("finetune", str(run_dir), "finetune.epochs=1")
+    search, tuning = server.runs
+    picked = json.loads((run_dir / "result.json").read_text())["picked"]
+    rows = [server.runs[search]["history"][place] for place in sorted(server.runs[search]["history"])]
+    assert [row["trial"] for row in rows if "trial" in row] == list(range(8))
+    runs = server.runs.values()
+    assert len({run["groupName"] for run in runs}) == 1 and [run["jobType"] for run in runs] == ["search", "finetune"]
+    dense, pick, tuned = (f"{name}-{search}" for name in ("dense", picked, f"{picked}-sgd"))
+    assert set(server.used) == {(search, dense), (tuning, pick)}
+    assert server.artifacts[tuned]["run"] == tuning and json.loads(server.artifacts[tuned]["metadata"])["steps"] == 17
 
 
 class Broken:

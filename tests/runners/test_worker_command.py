@@ -9,7 +9,7 @@ import torch
 
 from prunefront.runners import beside
 from prunefront.runners.cli import main
-from prunefront.runners.commands import kept_model
+from prunefront.runners.dense import kept_model
 from prunefront.runners.tasks.digits import digits
 from prunefront.search.liveness import WORKER
 from prunefront.search.study import finished, read_study

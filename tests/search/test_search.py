@@ -1,6 +1,7 @@
 """A whole search on a small network: budget, repeats, failures, resuming, damage."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,59 @@ def test_a_score_that_fails_is_told_before_any_trial(tmp_path):
 def test_a_result_says_what_failed(tmp_path):
     calls = iter([True, False, True, False])  # the dense model, then trials
     result = run(tmp_path, score=lambda model: 1.0 if next(calls, True) else float("nan"), n_trials=6)
-    assert result.remarks == ("2 of 6 trials failed",) and "2 of 6 trials failed" in repr(result)
+    assert result.remarks[0] == "2 of 6 trials failed" and "2 of 6 trials failed" in repr(result)
+
+
+def test_a_result_is_printed_beside_the_dense_model(tmp_path):
+    result = run(tmp_path, n_trials=3, finalists=1)
+    dense, best = result.dense, result.best.metrics
+    *_, row, picked = repr(result).splitlines()
+    assert row.split()[:2] == ["*", result.best.name] and picked == "* picked: the best score within the budget"
+    assert f"{best['score']:.4f} ({best['score'] - dense['score']:+.4f})" in row
+    assert f"{best['macs']:,} ({best['macs'] / dense['macs']:.1%})" in row
+
+
+def test_what_a_longer_search_removes_is_told_and_work_of_the_users_stays(tmp_path, caplog):
+    first = run(tmp_path, n_trials=1)
+    kept = first.best.path / "export" / "onnx"
+    kept.mkdir(parents=True)
+    assert run(tmp_path, n_trials=2, finalists=1, score=weight).best.path.exists()
+    assert kept.exists()
+    shutil.rmtree(kept.parent)
+    worse = first.best.path.with_name("trial9999")
+    first.best.path.rename(worse)
+    assert (
+        any("removed: " in remark and "trial9999" in remark for remark in run(tmp_path, n_trials=3).remarks)
+        and not worse.exists()
+    )
+    assert "counts them" not in caplog.text
+    run(tmp_path, n_trials=2)
+    assert "3 trials are done, and n_trials=2 counts them: no more are run" in caplog.text
+
+
+def test_a_front_of_one_model_has_no_knee(tmp_path):
+    result = run(tmp_path, mode="front", n_trials=1)
+    assert "a front of one model: more trials may find others" in result.remarks
+    assert (
+        run(tmp_path / "without", mode="front", n_trials=1, budget=None).__repr__().count("picked: the only one") == 1
+    )
+
+
+class Own(nn.Sequential):
+    """A class of the running script, once its module says so."""
+
+
+def test_a_class_of_the_running_script_is_told_when_searching_and_when_loading(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Own", Own, raising=False)
+    model = Own(*make_model()).eval()
+    run(tmp_path, model=model, n_trials=1)
+    assert "Own of the running script cannot be loaded by other programs" in caplog.text
+    assert isinstance(prunefront.load(tmp_path), Own)
+    monkeypatch.delattr(sys.modules["__main__"], "Own")
+    with pytest.raises(StorageError, match="the class Own of the script that saved it"):
+        prunefront.load(tmp_path)
+    assert isinstance(prunefront.load(tmp_path, model=model), Own)
 
 
 def test_searches_without_a_folder_have_their_own(tmp_path, monkeypatch):
@@ -154,6 +207,8 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     for model, what in ((make_model(width=6), "another model"), (other, "a model with other weights")):
         with pytest.raises(SearchError, match=what):
             run(tmp_path, model=model)
+    with pytest.raises(SearchError, match="another model: 0 has 8 units there and 6 units here"):
+        run(tmp_path, model=make_model(width=6))
 
 
 def test_the_dense_model_is_scored_once_beside_what_was_found(tmp_path, capsys):
@@ -170,7 +225,8 @@ def test_the_dense_model_is_scored_once_beside_what_was_found(tmp_path, capsys):
     assert found.dense["score"] == fidelity(make_model()) and found.dense["test"] == pytest.approx(weight(model))
     assert found.dense["macs"] == found.space.dense_cost.macs
     lines = str(found).splitlines()
-    assert found.best.name in lines[0] and lines[2].startswith("dense") and len(lines) == 3 + len(found.front)
+    rows = lines[3 : 3 + len(found.front)]
+    assert str(tmp_path) in lines[0] and lines[2].startswith("dense") and sum("* trial" in row for row in rows) == 1
     known = run(tmp_path / "known", model=model, score=score, dense={"score": 7.0}, show_progress_bar=True)
     assert scored == [False] and known.dense["score"] == 7.0 and "6/6" in capsys.readouterr().out
 

@@ -119,6 +119,8 @@ def test_other_searches_are_not_joined(tmp_path):
         other[0].weight[0, 0] += 1
     with pytest.raises(SearchError, match="other weights"):
         work(other, **options(tmp_path, 4))
+    with pytest.raises(TypeError, match="budgett"):
+        work(net(), **options(tmp_path, 4), budgett={"macs": "50%"})
 
 
 def test_with_one_process_a_seed_decides_all_plans(tmp_path):
