@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.targets import OnnxTarget, TorchTarget, runtimes
-from prunefront.runners.targets.exporting import exported, named_arrays, on_device
+from prunefront.runners.targets.exporting import export_checked, exported, named_arrays, on_device
 from prunefront.runners.targets.local import torch_threads
 from prunefront.runners.tasks.cifar_resnet import CifarResNet, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
@@ -94,7 +94,11 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
         row["ratios"].append(function())
         row["seconds"].append(time.perf_counter() - start)
 
-    with torch_threads(target.threads), torch.inference_mode(), exported([dense, pruned], inputs, traced=True) as paths:
+    with (
+        torch_threads(target.threads),
+        torch.inference_mode(),
+        exported([dense, pruned], inputs, export_checked) as paths,
+    ):
         first, second = _forwards(target, [dense, pruned], inputs, paths)
         for _ in range(options.repeats):
             note("prunefront", lambda: pace.kept(dense, both)[1].ratio)

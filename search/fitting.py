@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..spaces import Plan, Space
 from ..spaces.errors import TargetError
 from .budget import Limits, parse_budget
 from .latency import LEAST, Failed, LatencyModel, Measured, Measurements
+from .pace import SLOWER
 from .projection import Projector
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def fit_latency(
     error: float = 0.05,
     most: int = 64,
     limit_s: float | None = None,
+    slower: float = SLOWER,
     seed: int = 0,
     budget: Mapping[str, Any] | None = None,
     known: Measurements | None = None,
@@ -66,14 +69,15 @@ def fit_latency(
     """Measure plans until the cross-validated error is at most ``error``, or ``most`` plans or ``limit_s`` are used up.
 
     With a ``budget`` two rounds of three are of plans near it, which must be predicted as well; one such round is
-    measured beyond ``most``, since ``known`` plans may all be far from it. ``known``: what was measured before;
-    ``keep`` is called with everything that is known after every few plans.
+    measured beyond ``most``, since ``known`` plans may all be far from it. ``slower``: see
+    :class:`.latency.Measurements`. ``known``: what was measured before; ``keep`` is called with everything that is
+    known after every few plans.
 
     Raises:
         TargetError: too few plans can be measured.
     """
     deadline = math.inf if limit_s is None else time.monotonic() + limit_s
-    held = known or Measurements()
+    held = replace(known or Measurements(), slower=slower)
     # In a small space many points are one plan.
     spread = list(dict.fromkeys(map(tuple, spread_plans(space, 4 * most, seed).tolist())))[:most]
 
@@ -156,7 +160,7 @@ def _with(
             failed.append(Failed(row, outcome))
         elif dense_ms is not None:
             measured.append(Measured(row, outcome, dense_ms, predicted))
-    return Measurements(tuple(measured), tuple(failed))
+    return replace(held, measured=tuple(measured), failed=tuple(failed))
 
 
 def _unseen(rows: Iterable[tuple[int, ...]], held: Measurements) -> list[tuple[int, ...]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..spaces import Space
 from ..spaces.errors import BudgetError, PlanError
 from .budget import Limits
-from .pace import steady
+from .pace import SLOWER, steady
 
 #: Folds of cross-validation, and the fewest plans that a model can be made of.
 FOLDS, LEAST = 8, 4
@@ -61,6 +61,8 @@ class Measurements:
 
     measured: tuple[Measured, ...] = ()
     failed: tuple[Failed, ...] = ()
+    #: By how much the dense model's time may vary at the machine's usual pace.
+    slower: float = SLOWER
 
     @property
     def dense_ms(self) -> float:
@@ -71,7 +73,8 @@ class Measurements:
         """What was measured at the machine's usual pace, see :mod:`.pace`."""
         if not self.measured:
             return ()
-        return tuple(itertools.compress(self.measured, steady([plan.dense_ms for plan in self.measured])))
+        usual = steady([plan.dense_ms for plan in self.measured], self.slower)
+        return tuple(itertools.compress(self.measured, usual))
 
     @property
     def seen(self) -> set[tuple[int, ...]]:
@@ -81,6 +84,7 @@ class Measurements:
         return {
             "measured": [[list(plan.widths), plan.ratio, plan.dense_ms, plan.predicted] for plan in self.measured],
             "failed": [[list(plan.widths), plan.reason] for plan in self.failed],
+            "slower": self.slower,
         }
 
     @classmethod
@@ -98,7 +102,7 @@ class Measurements:
         failed = [Failed(_widths(widths, dimensions), str(reason)) for widths, reason in held["failed"]]
         if not all(plan.ratio > 0 and plan.dense_ms > 0 for plan in measured):
             raise ValueError("a time must be positive")
-        return cls(tuple(measured), tuple(failed))
+        return cls(tuple(measured), tuple(failed), float(held.get("slower", SLOWER)))
 
 
 def _widths(widths: Sequence[Any], dimensions: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from .measurement import Measurement
 
 logger = logging.getLogger(__name__)
 
-#: The dense model may take so much longer than at its best.
+#: The dense model may take so much longer than at its best, or what single measurements may be off where that is more.
 SLOWER = 0.04
 #: Seconds before another attempt, and that attempts of one search may take beyond as long as all good measurements did.
 PAUSE_S, PATIENCE_S = 2.0, 180.0
@@ -37,8 +37,10 @@ class Pace:
         """``dense`` was measured with so many before."""
         self._best_ms[dense] = min(milliseconds, self._best_ms.get(dense, milliseconds))
 
-    def kept(self, dense: nn.Module, measure: Callable[[], Sequence[Measurement]]) -> list[Measurement]:
-        """What ``measure`` finds, ``dense`` first, at the best pace that is known.
+    def kept(
+        self, dense: nn.Module, measure: Callable[[], Sequence[Measurement]], slower: float = SLOWER
+    ) -> list[Measurement]:
+        """What ``measure`` finds, ``dense`` first, at the best pace that is known, or ``slower`` by at most this share.
 
         When that does not come back, the present pace is the one to compare with from then on, and measurements say so.
         """
@@ -46,7 +48,7 @@ class Pace:
             start = time.monotonic()
             found = list(measure())
             now_ms, best_ms = found[0].median_ms, self._best_ms.get(dense)
-            if best_ms is None or found[0].low_ms <= (1 + SLOWER) * best_ms:
+            if best_ms is None or found[0].low_ms <= (1 + slower) * best_ms:
                 self._good_s += time.monotonic() - start
                 self.expect(dense, now_ms)
                 return found
@@ -60,10 +62,10 @@ class Pace:
             self._lost_s += time.monotonic() - start
 
 
-def steady(times_ms: Sequence[float]) -> list[bool]:
-    """Which of the dense model's times belong to its usual pace: at most ``SLOWER`` above their lower quartile.
+def steady(times_ms: Sequence[float], slower: float = SLOWER) -> list[bool]:
+    """Which of the dense model's times belong to its usual pace: at most this share above their lower quartile.
 
     What was measured first had nothing to be compared with.
     """
     reference = sorted(times_ms)[len(times_ms) // 4]
-    return [value <= (1 + SLOWER) * reference for value in times_ms]
+    return [value <= (1 + slower) * reference for value in times_ms]

@@ -20,7 +20,7 @@ from ..spaces.inputs import Inputs
 from .fitting import TOGETHER, fit_latency
 from .latency import LatencyModel, Measurements
 from .measurement import Measurement, Settings, Target, side_by_side
-from .pace import Pace
+from .pace import SLOWER, Pace
 from .saved import read_json, write_json
 from .shapes import check_inputs, inputs_at
 from .stairs import LEAST_WIDTHS, Stairs, stair_widths
@@ -84,6 +84,7 @@ class Timing:
             error=self.error,
             most=self.most,
             limit_s=self.limit_s,
+            slower=self._slower,
             budget=budget,
             known=known,
             keep=keep,
@@ -139,7 +140,12 @@ class Timing:
         self, models: Sequence[nn.Module], inputs: Sequence[Inputs], settings: Settings
     ) -> list[Measurement]:
         """The dense model comes first."""
-        return self.pace.kept(models[0], lambda: side_by_side(models, inputs, self.target, settings))
+        return self.pace.kept(models[0], lambda: side_by_side(models, inputs, self.target, settings), self._slower)
+
+    @property
+    def _slower(self) -> float:
+        """Coarse measurements cannot tell a pace better than they are."""
+        return max(SLOWER, self.settings.tolerance)
 
     def _each(self, dense: nn.Module, batch: Sequence[nn.Module], inputs: Sequence[Inputs]) -> list[Measurement | str]:
         """All at once; one by one where that fails, so that a single candidate's failure excludes only that one."""

@@ -15,7 +15,7 @@ from ...search import protocol
 from ...search.measurement import Settings
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
-from .exporting import exported, named_arrays
+from .exporting import export_checked, exported, named_arrays
 from .process import last_line, run_in_group, write_arrays
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
@@ -43,7 +43,7 @@ class CommandTarget:
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs) as paths:  # what the program computes cannot be checked: no tracing
+        with exported(models, inputs, export_checked) as paths:
             arrays = paths[0].with_name("inputs.npz")
             write_arrays(arrays, named_arrays(inputs))
             facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...spaces.devices import CPU, check_device
 from ...spaces.errors import ConfigError, TargetError
 from ...spaces.inputs import Inputs
 from . import runtimes
-from .exporting import OutputsDiffer, check_outputs, exported, in_type, named_arrays, on_device
+from .exporting import OutputsDiffer, check_outputs, export_onnx, exported, in_type, named_arrays, on_device
 from .process import Answer, read_answer, run_in_group, write_task
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class OnnxTarget:
     def _times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings, traced: bool
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs, traced, self._dtype) as paths:
+        with exported(models, inputs, partial(export_onnx, traced=traced), self._dtype) as paths:
             folder = paths[0].parent
             arrays = named_arrays(in_type(inputs, self._dtype))
             write_task(folder, paths, arrays, self.runtime, self.options, settings)

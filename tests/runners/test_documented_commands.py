@@ -57,7 +57,6 @@ SMALL = {
     r"(target|latency)": QUICK,
     r"budget.latency": ["budget.latency=500%"],  # so small a model takes the runtime's time, whatever its widths
     r"target=command": ["latency.most=8"],
-    r"target=ssh ": ["task.width=16", "latency.most=20"],  # shorter times than this model's vary too much over ssh
     r"target=ssh": ["target.host=board", f"target.python={sys.executable}"],
     r"^experiment li2016": ["depth=20", "images=6", "epochs=1"],
     r"^experiment michel2019": ["layers=1", "heads=2", "hidden=8", "words=10", "epochs=1", "step=0.5"],

@@ -92,7 +92,7 @@ def test_layers_of_the_dense_model_teach_those_of_one_shape_or_it_is_told(run, c
 
 
 def test_a_killed_command_goes_on(run):
-    command = [sys.executable, "-m", "prunefront", "finetune", str(run), "finetune.epochs=100", "tracker=none"]
+    command = [sys.executable, "-m", "prunefront", "finetune", str(run), "finetune.epochs=30", "tracker=none"]
     command += ["finetune.checkpoint_min=0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     checkpoint = run / "front" / result(run)["picked"] / "finetuned" / "sgd.checkpoint.safetensors"
@@ -103,9 +103,9 @@ def test_a_killed_command_goes_on(run):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     done = load_checkpoint(checkpoint)[1]
-    assert main(["finetune", str(run), "finetune.epochs=100", "tracker=none"]) == 0
+    assert main(["finetune", str(run), "finetune.epochs=30", "tracker=none"]) == 0
     found = metrics(checkpoint.parent / "sgd")
-    assert not checkpoint.exists() and found["steps"] == 1700
+    assert not checkpoint.exists() and found["steps"] == 510
     assert found["curve"][: len(done["curve"])] == done["curve"]
 
 

@@ -207,7 +207,7 @@ def test_models_for_tensorrt_have_the_types_that_they_shall_compute_in(tmp_path)
     import onnxruntime
 
     model, inputs = Net(8).eval(), Inputs.of(INPUTS)
-    with exporting.exported([model], inputs, traced=True, dtype=torch.float16) as paths:
+    with exporting.exported([model], inputs, exporting.export_onnx, torch.float16) as paths:
         session = onnxruntime.InferenceSession(paths[0], providers=["CPUExecutionProvider"])
     assert {value.type for value in session.get_inputs()} == {"tensor(float16)"}
     arrays = exporting.named_arrays(exporting.in_type(inputs, torch.float16))
@@ -239,6 +239,8 @@ def test_what_the_tracing_exporter_cannot_do_or_does_wrong_is_exported_again(mon
         monkeypatch.setattr(exporting.torch.onnx, "export", exporter(fails))
         assert measure(Net(8), INPUTS, OnnxTarget(threads=1), settings=QUICK).median_ms > 0
         assert dynamo == [False, True]
+        assert measure(Net(8), INPUTS, CommandTarget(["sh", "-c", "echo 1 # {model}"]), settings=QUICK).median_ms == 1
+        assert dynamo == [False, True] * 2
 
 
 def test_outputs_that_differ_are_refused_also_over_ssh(sshd, monkeypatch):
