@@ -65,7 +65,7 @@ def main() -> None:
         with torch.no_grad():
             return torch.cat([right(candidate(**inputs(batch)), batch) for batch in testing]).float().mean().item()
 
-    space = prunefront.discover(model, inputs(data[0]), kinds=["head"], calibration=[inputs(b) for b in training])
+    space = prunefront.discover(model, inputs(data[0]), kinds=["head"], calibration=[inputs(b) for b in training[:8]])
     result = prunefront.search(
         model,
         inputs(data[0]),
