@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--divisor", type=int, default=4, help="of the channels; its default is 32")
     options = parser.parse_args()
     task = cifar_resnet(options.depth)
-    model, example = task.make_model(), task.example_inputs[0]
+    model, example = task.make_model().to(memory_format=torch.contiguous_format), task.example_inputs[0]
     dense = macs(model, example)
     images = torch.cat([batch[0] for batch in task.calibration or ()])
     labels = torch.cat([batch[1] for batch in task.calibration or ()])
