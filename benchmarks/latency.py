@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.targets import OnnxTarget, TorchTarget, runtimes
-from prunefront.runners.targets.exporting import export_checked, exported, named_arrays, on_device
+from prunefront.runners.targets.exporting import export_onnx, exported, named_arrays, on_device
 from prunefront.runners.targets.local import torch_threads
 from prunefront.runners.tasks.cifar_resnet import CifarResNet, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
@@ -97,7 +97,7 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
     with (
         torch_threads(target.threads),
         torch.inference_mode(),
-        exported([dense, pruned], inputs, export_checked) as paths,
+        exported([dense, pruned], inputs, export_onnx) as paths,
     ):
         first, second = _forwards(target, [dense, pruned], inputs, paths)
         for _ in range(options.repeats):

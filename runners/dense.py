@@ -25,6 +25,8 @@ from .tasks import Task
 
 #: Keys of a task that a search makes no use of: other values are no other task.
 TRAINING_KEYS = ("training", "batch_size")
+#: What a task is made by, and the option that names a saved model to start from.
+TARGET, START = "task._target_", "start"
 
 
 def prepare(
@@ -40,10 +42,10 @@ def prepare(
     """
     folder, described = run_dir / DENSE, described_task(config, start)
     kept = read_json(folder / METRICS) if folder.exists() else None
-    if kept is not None and kept.get("task") != described:
+    if kept is not None and (differing := differences(kept.get("task"), described)):
         if joins or "score" in kept:
-            differing = difference(kept.get("task"), described)
-            raise SearchError(f"{run_dir} belongs to another task{differing}; choose another run_dir")
+            told = "; ".join(differing)
+            raise SearchError(f"{run_dir} belongs to another task, with {told}: choose another run_dir")
         kept = None  # nothing has come of it: its score failed, for example
     if kept is not None:
         return discover_for(task, kept_model(folder, task, start), config)
@@ -57,25 +59,24 @@ def prepare(
 def described_task(config: DictConfig, start: str | Path | None) -> str:
     """What says whether another search has the same dense model, as text."""
     described = {key: value for key, value in plain(config.task).items() if key not in TRAINING_KEYS}
-    return json.dumps(described if start is None else {**described, "start": str(start)}, sort_keys=True)
+    return json.dumps(described if start is None else {**described, START: str(start)}, sort_keys=True)
 
 
-def difference(there: Any, here: str) -> str:
-    """In which options two tasks differ, as :func:`described_task` says them."""
-    found = [options_of(json.loads(text)) for text in (there, here) if isinstance(text, str)]
-    if len(found) < 2:
-        return ""
-    before, now = found
+def differences(there: Any, here: str) -> list[str]:
+    """The options in which two tasks differ, as :func:`described_task` says them."""
+    before, now = (options_of(json.loads(text)) if isinstance(text, str) else {} for text in (there, here))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    told = [f"{key}={before.get(key)}, not {now.get(key)}" for key in changed]
-    return f", with {'; '.join(told)}"
+    if TARGET in changed:  # all others are another task's
+        changed = [TARGET]
+    return [f"{key}={before.get(key)}, not {now.get(key)}" for key in changed]
 
 
 def options_of(config: Mapping[str, Any], prefix: str = "task.") -> dict[str, Any]:
     """Values by their whole names, as in ``task.config.hidden_size``."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= options_of(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        name = key if key == START else f"{prefix}{key}"
+        found |= options_of(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
 
 

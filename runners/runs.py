@@ -40,9 +40,9 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not run_dir.is_dir():
         raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not (run_dir / SPACE).exists():
-        inside = sorted(path.parent.name for path in run_dir.glob("*/space.json"))
+        inside = sorted(path.parent.name for path in run_dir.glob(f"*/{SPACE}"))
         named = f"; name one of those in it, such as {run_dir / inside[-1]}" if inside else ""
-        raise StorageError(f"{run_dir} is no run of a search: it has no space.json{named}")
+        raise StorageError(f"{run_dir} is no run of a search: it has no {SPACE}{named}")
     if not (run_dir / RESULT).exists():
         raise StorageError(
             f"{run_dir} is no finished run: it has no {RESULT}; finish it with prunefront search resume={run_dir}"
@@ -51,8 +51,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():
         dense |= read_json(run_dir / DENSE / METRICS)
-    if "dense_latency_ms" in result:
-        dense["latency_ms"] = result["dense_latency_ms"]
     names = [entry.get("name") for entry in result.get("front", [])]
     if result.get("picked") not in names or result.get("objective") not in dense:
         raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")

@@ -173,21 +173,21 @@ def _limit(key: str, text: str | float, dense: float, scale: float) -> float:
     return limit
 
 
-def check_reachable(space: Space, budget: Mapping[str, str | float], limits: Limits) -> None:
-    """``limits``: what ``budget`` says.
-
-    Raises:
-        BudgetError: no plan of ``space`` holds them; it names the smallest cost that can be reached.
-    """
-    smallest, dense = space.smallest_costs(), list(asdict(space.dense_cost).values())
+def check_reachable(space: Space, budget: Mapping[str, str | float]) -> None:
+    """Raises BudgetError, naming the smallest cost that can be reached, when no plan of ``space`` holds ``budget``."""
+    smallest, dense = space.smallest_costs(), space.dense_cost
     for key, text in budget.items():
-        if key == LATENCY or smallest[column := KEYS[key][0]] <= limits.values[column]:
+        if key == LATENCY:
             continue
-        number = smallest[column] / KEYS[key][1]
-        share = math.ceil(1e4 * smallest[column] / dense[column]) / 100  # rounded up: as a budget it can be held
+        (column, unit), least = KEYS[key], float(smallest[KEYS[key][0]])
+        if least <= parse_budget({key: text}, dense).values[column]:
+            continue
+        share = math.ceil(1e4 * least / list(asdict(dense).values())[column]) / 100
+        if parse_budget({key: f"{share}%"}, dense).values[column] < least:  # as a budget it must be held
+            share += 0.01
         is_bare = re.fullmatch(r"[\d.]+", str(text)) and float(text) <= 100
         advice = f"was {text}% meant?" if is_bare else "raise the budget, or widen the space with its options"
         raise BudgetError(
-            f"budget {key}={text}: the smallest candidate in this space has {number:,.0f}, {share:g}% of the dense "
-            f"model's; {advice}"
+            f"budget {key}={text}: the smallest candidate in this space has {least / unit:,.0f}, {share:g}% of the "
+            f"dense model's; {advice}"
         )

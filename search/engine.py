@@ -206,7 +206,7 @@ class _Prepared:
     def warn(self, n_trials: int) -> None:
         """Say what the user may not expect."""
         done, _ = ended(self.loop.study.get_trials(deepcopy=False))
-        if done >= n_trials:
+        if done > n_trials:
             logger.warning("%d trials are done, and n_trials=%d counts them: no more are run", done, n_trials)
         if own := own_classes(self.loop.problem.space.model):
             logger.warning(
@@ -336,7 +336,7 @@ def _limits_of(
         latency = timing.model(space, inputs, budget=None if may_be_empty else budget)
     dense_ms = None if latency is None else latency.dense_ms
     limits = parse_budget(budget, space.dense_cost, may_be_empty, dense_ms)
-    check_reachable(space, budget, limits)
+    check_reachable(space, budget)
     if latency is not None:
         check_latency(latency, limits.values[LATENCY_COLUMN])
     low = None if lowest is None else parse_lowest(lowest, budget, space.dense_cost, dense_ms)

@@ -89,6 +89,6 @@ def picked_by(has_budget: bool, models: int) -> str:
     """How the best of a front of so many ``models`` is chosen, in words."""
     if has_budget:
         return "the best score within the budget"
-    return (
-        "the knee, where the front bends most" if models > 2 else "the higher score" if models == 2 else "the only one"
-    )
+    if models > 2:
+        return "the knee, where the front bends most"
+    return "the higher score" if models == 2 else "the only one"

@@ -35,7 +35,7 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
     if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise PlanError("ratios must be positive finite numbers")
     limits = parse_budget(budget, space.dense_cost)
-    check_reachable(space, budget, limits)
+    check_reachable(space, budget)
     return space.plan(named_widths(space, Projector(space, limits).fill(shares)))
 
 

@@ -256,7 +256,8 @@ def collect(
     best = len(entries) - 1
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
-    described = judge.dense(dense or {})
+    described = {**judge.dense(dense or {}), **_dense_latency(entries)}
+    before = _front_before(run_dir)
     seconds = dict(candidates.timer.seconds)
     write_json(
         run_dir / RESULT,
@@ -270,7 +271,6 @@ def collect(
             "sensitivity": sensitivity(candidates.space),
             "machine": this_machine(device_of(candidates.space.model)),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **_dense_latency(entries),
         },
     )
     gone = _remove_others(run_dir / "front", {entry.name for entry in entries})
@@ -284,7 +284,7 @@ def collect(
         seconds,
         described,
         has_budget,
-        _remarks(study, judged, len(entries), gone),
+        _remarks(study, judged, len(entries), [name for name in gone if name in before]),
     )
 
 
@@ -298,6 +298,12 @@ def _remarks(study: optuna.Study, judged: int, on_front: int, gone: Sequence[str
     if gone:
         found.append(f"no longer on the front, and removed: {', '.join(gone)}; their plans stay in the study")
     return tuple(found)
+
+
+def _front_before(run_dir: Path) -> set[str]:
+    """Names of the models that an earlier session of the run ended with."""
+    found = read_json(run_dir / RESULT).get("front", []) if (run_dir / RESULT).exists() else []
+    return {entry["name"] for entry in found}
 
 
 def known_dense(run_dir: Path) -> dict[str, Any]:
@@ -338,7 +344,7 @@ def is_estimate(trial: FrozenTrial) -> bool:
 def _dense_latency(entries: Sequence[Entry]) -> dict[str, float]:
     """Milliseconds of the dense model, measured beside those of the front."""
     known = [e.metrics for e in entries if "latency_ratio" in e.metrics]
-    return {"dense_latency_ms": float(np.median([m[LATENCY_MS] / m["latency_ratio"] for m in known]))} if known else {}
+    return {LATENCY_MS: float(np.median([m[LATENCY_MS] / m["latency_ratio"] for m in known]))} if known else {}
 
 
 def _layers(trials: Sequence[FrozenTrial], for_front: bool) -> list[list[FrozenTrial]]:
@@ -405,4 +411,4 @@ def _remove_others(front: Path, names: set[str]) -> list[str]:
     ]
     for folder in gone:
         shutil.rmtree(folder, ignore_errors=True)
-    return [folder.name for folder in gone if not folder.name.startswith(".")]
+    return [folder.name for folder in gone]

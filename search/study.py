@@ -26,6 +26,8 @@ from .saved import SPACE, read_json, write_json
 STUDY_NAME, JOURNAL = "prunefront", "study.journal"
 #: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
 DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
+#: What may differ between two searches whose values are compared, see :mod:`.warm_start`.
+COMPARABLE = ("mode", "objective", "budget", "target", "seed", "storage")
 #: SQLAlchemy's own choices are older ones, which have to be compiled.
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 #: Of a score and a cost.
@@ -235,8 +237,10 @@ def check_described(found: dict[str, Any], space: Space, header: dict[str, Any],
     search, is_same_model = found.get("search", {}), found.get("fingerprint") == space.fingerprint
     options = {key: value for key, value in header.items() if key != "weights"}
     has_same_weights = _value(search, "weights") == header["weights"]
+    has_same_space = not [key for key in _changed(search, options) if key.startswith("space.")]
     if not has_same_weights or (not is_same_model and not _changed(search, options)):
-        what = "a model with other weights" if search and is_same_model else f"another model{_difference(found, space)}"
+        told = _difference(found, space) if has_same_space else ""
+        what = "a model with other weights" if search and is_same_model else f"another model{told}"
         raise SearchError(f"{where} belongs to {what}; choose another run_dir")
     check_same_search(search, options, where)
 
@@ -244,10 +248,10 @@ def check_described(found: dict[str, Any], space: Space, header: dict[str, Any],
 def check_same_search(search: Mapping[str, Any], header: Mapping[str, Any], where: str) -> None:
     """Raises SearchError unless ``search``, which describes the search in ``where``, has the values of ``header``."""
     if changed := _changed(search, header):
-        changes = ", ".join(f"{key} {search.get(key)!r}, not {header[key]!r}" for key in changed)
+        changes = ", ".join(f"{key} {_value(search, key)!r}, not {header[key]!r}" for key in changed)
+        more = ": with warm_start it learns from this one" if set(changed) <= set(COMPARABLE) else ""
         raise SearchError(
-            f"the search in {where} has {changes}; continue with the same, or choose another run_dir: with warm_start "
-            "it learns from this one"
+            f"the search in {where} has {changes}; continue with the same, or choose another run_dir{more}"
         )
 
 
@@ -261,12 +265,12 @@ def _value(search: Mapping[str, Any], key: str) -> Any:
 
 def _difference(found: Mapping[str, Any], space: Space) -> str:
     """In what the model that ``found`` describes is another one, as far as was written down."""
-    before = {group["name"]: group["size"] for group in found.get("groups", [])}
+    before = {group.get("name"): group.get("size") for group in found.get("groups", [])}
     now = {group.name: group.size for group in space.groups}
     for name in [*before, *now]:
         if before.get(name) != now.get(name):
-            sizes = [f"{held[name]:,} units" if name in held else "no such group" for held in (before, now)]
-            return f": {name} has {sizes[0]} there and {sizes[1]} here"
+            there, here = (f"{held[name]} units" if name in held else "is no group" for held in (before, now))
+            return f": {name} has {there} there, {here} here".replace("has is", "is")
     return ""
 
 

@@ -162,7 +162,8 @@ class Timing:
         if self.cache is None:
             return None
         shapes = [[[list(tensor.shape), str(tensor.dtype)] for tensor in one.tensors()] for one in self._inputs(inputs)]
-        described = json.dumps([space.fingerprint, dict(self.target.description), shapes, os.uname().nodename])
+        target, precision = dict(self.target.description), self.settings.tolerance
+        described = json.dumps([space.fingerprint, target, precision, shapes, os.uname().nodename])
         return self.cache / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.json"
 
     def _read(self, path: Path | None, space: Space) -> Measurements | None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ...search import protocol
 from ...search.measurement import Settings
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
-from .exporting import export_checked, exported, named_arrays
+from .exporting import export_onnx, exported, named_arrays
+from .local import gives_same_outputs
 from .process import last_line, run_in_group, write_arrays
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
@@ -43,13 +45,22 @@ class CommandTarget:
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs, export_checked) as paths:
-            arrays = paths[0].with_name("inputs.npz")
-            write_arrays(arrays, named_arrays(inputs))
-            facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
-            # The program warms up and repeats by itself: a run more is a start of a process more.
-            options = {**asdict(settings), "warm_up_s": 0.0}
-            samples, load = protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options)
+        traced = partial(export_onnx, traced=True)
+        with exported(models, inputs, traced) as paths:
+            if gives_same_outputs(models, inputs, paths):  # those of the program are not known
+                return self._times(paths, inputs, settings)
+        with exported(models, inputs, export_onnx) as paths:
+            return self._times(paths, inputs, settings)
+
+    def _times(
+        self, paths: Sequence[Path], inputs: Inputs, settings: Settings
+    ) -> tuple[list[list[float]], dict[str, Any]]:
+        arrays = paths[0].with_name("inputs.npz")
+        write_arrays(arrays, named_arrays(inputs))
+        facts = {**protocol.conditions(), "runtime": "command", "command": " ".join(self.command)}
+        # The program warms up and repeats by itself: a run more is a start of a process more.
+        options = {**asdict(settings), "warm_up_s": 0.0}
+        samples, load = protocol.time_side_by_side([self._run(path, arrays) for path in paths], **options)
         return samples, facts | load
 
     def _run(self, model: Path, inputs: Path) -> Callable[[], float]:

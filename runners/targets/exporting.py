@@ -73,22 +73,6 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
         ) from error
 
 
-def export_checked(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """As :func:`export_onnx`, for programs whose outputs cannot be compared: traced only where ONNX Runtime is
-    installed and finds torch's outputs in the file.
-
-    Raises:
-        TargetError: as there.
-    """
-    if importlib.util.find_spec("onnxruntime") is not None:
-        try:
-            export_onnx(model, inputs, path, traced=True)
-            return check_outputs(model, inputs, run_onnx(path, inputs), "float32", "the exported file")
-        except Exception as error:  # runtimes have errors without a root
-            logger.info("exported without tracing: %s", _first_line(error))
-    export_onnx(model, inputs, path)
-
-
 def run_onnx(path: Path, inputs: Inputs) -> list[Any]:
     """Outputs of the file in ONNX Runtime."""
     import onnxruntime

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ from .process import Answer, read_answer, run_in_group, write_task
 
 logger = logging.getLogger(__name__)
 
+#: Where outputs are wanted, and no times.
+_SHORT = Settings(tolerance=math.inf, limit_s=0.0, warm_up_s=0.0, least_rounds=1)
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -163,12 +167,12 @@ class OnnxTarget:
             folder = paths[0].parent
             arrays = named_arrays(in_type(inputs, self._dtype))
             write_task(folder, paths, arrays, self.runtime, self.options, settings)
-            answer = self._ask(folder, len(models))
+            answer = self.ask(folder, len(models))
         for model, outputs in zip(models, answer.outputs, strict=True):
             check_outputs(model, inputs, outputs, self.precision, self.runtime)
         return answer.samples, answer.conditions
 
-    def _ask(self, folder: Path, models: int) -> Answer:
+    def ask(self, folder: Path, models: int) -> Answer:
         """Measure what is in ``folder``."""
         try:
             ended = run_in_group([sys.executable, str(folder / "remote.py"), str(folder)], self.timeout_s)
@@ -179,6 +183,22 @@ class OnnxTarget:
             ) from error
         install = f"target={self.runtime} needs the runtime: pip install {self.runtime}"
         return read_answer(ended, models, self.runtime, install)
+
+
+def gives_same_outputs(models: Sequence[nn.Module], inputs: Inputs, paths: Sequence[Path]) -> bool:
+    """Whether ONNX Runtime, where it is installed, finds torch's outputs in the exported files."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    runtime, folder = OnnxTarget(), paths[0].parent
+    write_task(folder, paths, named_arrays(inputs), runtime.runtime, runtime.options, _SHORT)
+    try:
+        answer = runtime.ask(folder, len(models))
+        for model, outputs in zip(models, answer.outputs, strict=True):
+            check_outputs(model, inputs, outputs, runtime.precision, runtime.runtime)
+    except TargetError as error:
+        logger.info("exported again without tracing: %s", error)
+        return False
+    return True
 
 
 @contextlib.contextmanager

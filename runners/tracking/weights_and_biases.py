@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import secrets
 import time
@@ -72,9 +74,8 @@ class WandbTracker:
         """Start or continue a W&B run."""
         import wandb  # about a second, and only where it is used
 
-        wandb.setup(wandb.Settings(silent=True))
         mode = self.mode or os.environ.get("WANDB_MODE")
-        if mode is None and not wandb.login(prompt=False, verify=False):
+        if mode is None and not _is_logged_in():
             mode = "offline"
         self.offline = mode == "offline"
         # Of a multirun all runs are together, with their fine-tunings.
@@ -187,6 +188,16 @@ class WandbTracker:
             self.run.log_artifact(artifact)
         else:
             self.run.use_artifact(artifact)
+
+
+def _is_logged_in() -> bool:
+    """Without a word of W&B's, and without asking its server."""
+    import wandb
+
+    if wandb.run is not None:  # the user's own; nobody can log in beside it
+        return not wandb.run.offline
+    with contextlib.redirect_stderr(io.StringIO()):
+        return wandb.login(prompt=False, verify=False)
 
 
 class _History:

@@ -130,7 +130,7 @@ def test_latency_is_measured_and_budgeted(in_tmp, tiny, capsys):
     options = ["target=torch", "budget.latency=150%", *QUICK, cache, "tracker=none", "run_dir=l"]
     assert main(["search", *tiny, *options]) == 0
     result = json.loads((in_tmp / "l" / "result.json").read_text())
-    assert result["objective"] == "latency_ms" and result["dense_latency_ms"] > 0
+    assert result["objective"] == "latency_ms" and result["dense"]["latency_ms"] > 0
     assert all(entry["latency_ms"] > 0 and entry["latency_predicted_ms"] > 0 for entry in result["front"])
     assert '"latency_predicted_ms":' in (in_tmp / "l" / "report.html").read_text()
     capsys.readouterr()
@@ -224,7 +224,7 @@ def test_debug_shows_the_traceback(in_tmp):
 def test_a_run_of_another_task_is_refused(in_tmp, tiny, capsys, monkeypatch):
     assert main(["search", *tiny, "tracker=none", "run_dir=a"]) == 0
     assert main(["search", *tiny, "task.seed=1", "tracker=none", "run_dir=a"]) == 1
-    assert "belongs to another task, with task.seed=0, not 1;" in capsys.readouterr().err
+    assert "belongs to another task, with task.seed=0, not 1:" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(commands, "make_task", lambda config: pytest.fail("a model was made first"))
         assert main(["search", *tiny, "budget.macs=30%", "tracker=none", "run_dir=a"]) == 1

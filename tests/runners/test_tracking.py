@@ -1,6 +1,7 @@
 """Trackers: what W&B gets, read back from its offline file, and that no failure ends a search."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -114,10 +115,12 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
     assert [step["score"] for step in history if "score" in step] == [e["score"] for e in expected["evaluations"]]
 
 
-def command_line(*arguments: str) -> None:
+def command_line(folder: Path, *arguments: str) -> None:
     """In a process of its own: W&B reads its settings once in a process."""
-    command = [sys.executable, "-m", "prunefront", *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def server(monkeypatch):
 def test_an_offline_run_that_is_synced_is_complete(digits_run, tmp_path, server):
     run_dir = shutil.copytree(digits_run, tmp_path / "digits")
     folders = [str(path) for path in (run_dir / "wandb").glob("offline-run-*")]
-    subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=True, capture_output=True, timeout=120)
+    command_line(tmp_path, "wandb", "sync", *folders)
     ((name, run),) = server.runs.items()
     trials, result = finished(read_study(run_dir)), json.loads((run_dir / "result.json").read_text())
     rows = [run["history"][place] for place in sorted(run["history"])]
@@ -152,8 +155,8 @@ def test_an_offline_run_that_is_synced_is_complete(digits_run, tmp_path, server)
 def test_online_a_search_goes_on_as_the_same_run_and_models_have_their_lineage(tiny, tmp_path, server):
     run_dir = tmp_path / "a"
     for command in (["search", *tiny, f"run_dir={run_dir}"], ["search", f"resume={run_dir}", "n_trials=8"]):
-        command_line(*command)  # with a key it is online
-    command_line("finetune", str(run_dir), "finetune.epochs=1")
+        command_line(tmp_path, "prunefront", *command)  # with a key it is online
+    command_line(tmp_path, "prunefront", "finetune", str(run_dir), "finetune.epochs=1")
     search, tuning = server.runs
     picked = json.loads((run_dir / "result.json").read_text())["picked"]
     rows = [server.runs[search]["history"][place] for place in sorted(server.runs[search]["history"])]

@@ -14,6 +14,7 @@ from prunefront.runners.display import latency_view
 from prunefront.search import pace
 from prunefront.search.fitting import spread_plans
 from prunefront.search.latency import LatencyModel, Measured, Measurements
+from prunefront.search.measurement import Settings
 from prunefront.search.shapes import inputs_at
 from prunefront.search.timing import Timing
 from prunefront.spaces.errors import BudgetError, ConfigError, SearchError, TargetError
@@ -127,6 +128,15 @@ def test_what_is_measured_while_the_machine_is_slow_is_left_out_or_measured_agai
     target.spells = {target.calls + 1}
     found = timing.verify(space.model, space.slice(space.uniform(0.5)), prunefront_inputs())
     assert found.ratio == pytest.approx(target.seconds(space.slice(space.uniform(0.5))) / dense, rel=0.01)
+
+
+def test_coarse_measurements_wait_for_no_pace_that_they_cannot_tell(space, monkeypatch):
+    monkeypatch.setattr(pace, "PAUSE_S", 0.0)
+    target = SpellTarget({3, 4, 5, 9})
+    model = Timing(target, error=0.0, most=48, settings=Settings(tolerance=0.1)).model(space, prunefront_inputs())
+    assert target.calls == 48 / 4 and len(model.measured) == 48
+    again = Measurements.from_json(model.known.to_json(), len(space.dimensions))
+    assert again.steady == model.measured  # as workers read it
 
 
 def test_a_machine_that_stays_slower_is_taken_as_it_is_and_said_to_be(space, monkeypatch, caplog):
@@ -320,7 +330,7 @@ def test_the_front_is_measured_and_holds_the_budget(tmp_path, budget):
     trials = [t.user_attrs["costs"]["latency_ms"] for t in result.study.trials]
     assert max(trials) <= limit * 1.01
     described = json.loads((tmp_path / "result.json").read_text())
-    assert described["dense_latency_ms"] == pytest.approx(dense_ms, rel=0.01)
+    assert described["dense"]["latency_ms"] == pytest.approx(dense_ms, rel=0.01)
 
 
 def test_latency_goes_with_other_budgets_and_with_a_front(tmp_path):

@@ -55,7 +55,7 @@ def test_an_impossible_budget_names_the_smallest_reachable_cost(space):
         [w for w in range(1, g.size + 1) if w in (g.size,) or w % space.options.round_to == 0] for g in space.groups
     ]
     smallest = min(space.cost_batch(np.array(w)[None])[0, 0] for w in itertools.product(*allowed))
-    with pytest.raises(BudgetError, match=f"has {smallest:,.0f};"):
+    with pytest.raises(BudgetError, match=f"has {smallest:,.0f}, "):
         prunefront.project(space, {"macs": smallest - 1})
     assert space.cost(prunefront.project(space, {"macs": smallest})).macs == smallest
 
