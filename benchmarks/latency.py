@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
     with (
         torch_threads(target.threads),
         torch.inference_mode(),
-        exported([dense, pruned], inputs, export_onnx) as paths,
+        exported([dense, pruned], inputs, partial(export_onnx, traced=True)) as paths,
     ):
         first, second = _forwards(target, [dense, pruned], inputs, paths)
         for _ in range(options.repeats):

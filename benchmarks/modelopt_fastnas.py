@@ -2,9 +2,10 @@
 
 Run: PYTHON -m benchmarks.modelopt_fastnas [--depth 56] [--budget 0.5] [--divisor 4]     (PRUNEFRONT_DATA as there)
 
-PYTHON is that of an environment which has `nvidia-modelopt` (0.47 was tried) beside prunefront's own packages. Settings
-are those of its ResNet-20 notebook: FastNAS with batches that calibrate BatchNorm, and the accuracy on the search split
-as the score function. Prints one line of JSON: the test accuracy as exported, and after BatchNorm was calibrated again.
+PYTHON is that of an environment which has `nvidia-modelopt` (0.47 was tried) and `torchprofile==0.0.4` beside
+prunefront's own packages. Settings are those of its ResNet-20 notebook: FastNAS with batches that calibrate BatchNorm,
+and the accuracy on the search split as the score function. Prints one line of JSON: the test accuracy as exported, and
+after BatchNorm was calibrated again.
 """
 
 from __future__ import annotations

@@ -118,6 +118,7 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
 def command_line(folder: Path, *arguments: str) -> None:
     """In a process of its own: W&B reads its settings once in a process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    environment.pop("WANDB_SERVICE", None)  # W&B's process beside this one
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
