@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from rich.status import Status
 
 from ..search import Result, parse_budget
 from ..search import search as run_search
+from ..search.budget import check_reachable
 from ..search.engine import check_options, early_header
 from ..search.fitting import described_error
 from ..search.front import picked_by
@@ -49,6 +51,8 @@ from .runs import read_run
 from .tasks import Task
 from .tracking import Guarded
 
+logger = logging.getLogger(__name__)
+
 #: What latency was predicted from, in the run's folder.
 LATENCY_FILE = "latency.json"
 
@@ -64,6 +68,7 @@ def search(config: DictConfig) -> float:
     if task.device == CPU and not devices and torch.cuda.is_available():
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
     result = searched(config, budget, task, run_dir, config.start, keep)
+    logger.info("%s", result)
     show_result(result, read_run(run_dir))
     return result.best.metrics["score"]
 
@@ -115,6 +120,7 @@ def searched(
     began = time.monotonic()
     with console.status("preparing the dense model"):
         space = prepare(task, config, run_dir, start)
+        check_reachable(space, budget)  # before it is scored
         dense = scored_dense(task, space, run_dir)
     console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
     timing, latency = timing_of(config), None
@@ -164,6 +170,9 @@ def tracked_search(
             console.print(
                 told if task.score is None else f"{told}; the best get the score", style="dim", highlight=False
             )
+        elif space.repairs_in_two_efforts:
+            told = "trials are scored after a quick repair; the best are repaired thoroughly and scored again"
+            console.print(told, style="dim", highlight=False)
         tracker.start({**plain(config), "budget": budget}, run_dir, dense, objective)
 
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.saved import FINETUNED, METRICS, RESULT, SPACE, read_json
+from ..search.saved import FINETUNED, METRICS, PLAN, RESULT, SPACE, read_json
 from ..spaces import Cost
 from ..spaces.errors import StorageError
 
@@ -30,6 +30,11 @@ def run_folders(multirun: Path) -> list[Path]:
     return sorted(filter(Path.is_dir, multirun.iterdir()), key=lambda path: (len(path.name), path.name))
 
 
+def _run_of(model: Path) -> Path | None:
+    """The run in whose front the folder of a model is."""
+    return next((folder for folder in model.parents[:2] if (folder / SPACE).exists()), None)
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """What a finished search has left: result.json, with ``dense`` (its metrics as far as known), ``space``,
     ``finetuned`` (entries like those of the front, of what was trained from its models), ``score_name`` and ``path``.
@@ -40,6 +45,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not run_dir.is_dir():
         raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not (run_dir / SPACE).exists():
+        if (run_dir / PLAN).exists() and (run := _run_of(run_dir)):
+            raise StorageError(
+                f"{run_dir} is one model of a run: name the run, and the model: {run} pick={run_dir.name}"
+            )
         inside = sorted(path.parent.name for path in run_dir.glob(f"*/{SPACE}"))
         named = f"; name one of those in it, such as {run_dir / inside[-1]}" if inside else ""
         raise StorageError(f"{run_dir} is no run of a search: it has no {SPACE}{named}")

@@ -69,7 +69,7 @@ class SearchProgress:
         if self.judged is None:
             self.progress.stop_task(self.bar)
             self.judged = self.progress.add_task("judging", total=of, best="", rate="")
-        self.progress.update(self.judged, completed=done)
+        self.progress.update(self.judged, completed=done, total=of)
 
     def best(self, study: optuna.Study) -> str:
         trials = finished(study)

@@ -8,7 +8,7 @@ import logging
 import math
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,7 @@ def collect(
     if for_front:
         layers = _chosen(layers, wanted)
         wanted = len(layers[0])
+    wanted = min(wanted, sum(map(len, layers)))
     told = judging or (lambda done, of: None)
     entries: list[Entry] = []
     for trial in (trial for layer in layers for trial in layer):
@@ -242,7 +243,7 @@ def collect(
         entry = judge.final(_entry(run_dir, trial, candidates))
         if entry is not None:
             entries.append(entry)
-    told(wanted, wanted)
+    told(len(entries), len(entries))
     if not entries and judge.verification is None:
         raise SearchError(f"none of {len(trials)} candidates can be scored or built; the warnings above say why")
     if not entries:
@@ -284,19 +285,32 @@ def collect(
         seconds,
         described,
         has_budget,
-        _remarks(study, judged, len(entries), [name for name in gone if name in before]),
+        _remarks(study, judged, entries, described, before, gone),
     )
 
 
-def _remarks(study: optuna.Study, judged: int, on_front: int, gone: Sequence[str]) -> tuple[str, ...]:
+def _remarks(
+    study: optuna.Study,
+    judged: int,
+    front: Sequence[Entry],
+    dense: Mapping[str, Any],
+    before: set[str],
+    removed: Collection[str],
+) -> tuple[str, ...]:
+    """``before``: models of the front that an earlier session ended with; ``removed``: folders that are gone."""
     done, failed = ended(study.get_trials(deepcopy=False))
     found = [f"{failed} of {done} trials failed"] if failed else []
-    if judged > on_front:
-        found.append(f"{judged - on_front} of {judged} judged models are no better than a cheaper one")
-    if on_front == 1 and len(study.directions) > 1:
+    if judged > len(front):
+        found.append(f"{judged - len(front)} of {judged} judged models are no better than a cheaper one")
+    if len(front) == 1 and len(study.directions) > 1:
         found.append("a front of one model: more trials may find others")
-    if gone:
+    if whole := [entry.name for entry in front if entry.metrics["params"] == dense["params"]]:
+        found.append(f"{whole[0]} has all units of the dense model: they differ by its repair")
+    left = sorted(before - {entry.name for entry in front})
+    if gone := [name for name in left if name in removed]:
         found.append(f"no longer on the front, and removed: {', '.join(gone)}; their plans stay in the study")
+    if kept := [name for name in left if name not in removed]:
+        found.append(f"no longer on the front, and kept with what was made of them: {', '.join(kept)}")
     return tuple(found)
 
 

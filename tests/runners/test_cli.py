@@ -216,6 +216,16 @@ def test_mistakes_get_an_error_without_a_traceback(in_tmp, capfd, arguments, exp
     assert status and expected in shown and "Traceback" not in shown
 
 
+def test_a_run_of_python_and_a_model_of_a_run_are_told_what_to_do_with(digits_run, in_tmp, capsys):
+    folder = next((digits_run / "front").iterdir())
+    assert main(["export", str(folder), "format=onnx"]) == 1
+    assert f"name the run, and the model: {digits_run} pick={folder.name}" in capsys.readouterr().err
+    shutil.copytree(digits_run, in_tmp / "a", ignore=shutil.ignore_patterns(".hydra"))
+    assert main(["search", "resume=a", "n_trials=8", "task=digits"]) == 1
+    assert "go on in Python, with prunefront.search(..., run_dir='a')" in capsys.readouterr().err
+    assert main(["finetune", "a"]) == 1 and "name it, task=..., or" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(in_tmp):
     with pytest.raises(prunefront.PrunefrontError):
         main(["search", "resume=nowhere", "--debug"])

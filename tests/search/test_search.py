@@ -150,7 +150,9 @@ def test_what_a_longer_search_removes_is_told_and_work_of_the_users_stays(tmp_pa
     assert not removed(first) and not first.best.path.exists()
     assert removed(second) == ["no longer on the front, and removed: trial0000; their plans stay in the study"]
     (second.best.path / "export" / "onnx").mkdir(parents=True)
-    assert not removed(found(3)) and second.best.path.exists() and "counts them" not in caplog.text
+    third = found(3)
+    assert not removed(third) and second.best.path.exists() and "counts them" not in caplog.text
+    assert f"no longer on the front, and kept with what was made of them: {second.best.name}" in third.remarks
     found(2)
     assert "3 trials are done, and n_trials=2 counts them: no more are run" in caplog.text
 
@@ -159,6 +161,8 @@ def test_a_front_of_one_model_has_no_knee(tmp_path):
     result = run(tmp_path, mode="front", n_trials=1)
     assert "a front of one model: more trials may find others" in result.remarks
     assert "picked: the only one" in repr(run(tmp_path / "without", mode="front", n_trials=1, budget=None))
+    whole = run(tmp_path / "whole", n_trials=1, budget={"macs": "100%"})
+    assert "trial0000 has all units of the dense model: they differ by its repair" in whole.remarks
 
 
 class Own(nn.Sequential):
