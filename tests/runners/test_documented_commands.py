@@ -1,5 +1,5 @@
-"""Every command of the documents is run in small, here or by a test that is named here; what needs hardware or weights
-that are not here composes."""
+"""Every command of the documents is run in small, here or by a test that is named here: on small models, on the
+processor instead of a GPU, over ssh to this machine."""
 
 import json
 import random
@@ -22,8 +22,6 @@ from tests.services import missing
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-#: Commands for a GPU (tests/test_gpu.py), which is not here; that for Llama 2 is run on a small model of its name.
-ABSENT = r"^(?!.*meta-llama).*cuda"
 #: Commands of several processes, and the tests that run them.
 ELSEWHERE = {
     "hydra/launcher=joblib": "test_launchers.py::test_every_job_is_a_search_and_one_table_shows_all",
@@ -67,6 +65,9 @@ SMALL = {
         *("shape.hidden=16", "shape.layers=1", "shape.heads=2", "shape.neurons=24"),
         *("points=2", "tokens=512", "task.epochs=0.01"),
     ],
+    r"devices=\[cuda": ["devices=[cpu]"],  # tests/test_gpu.py has the real ones
+    r"target.device=cuda": ["target.device=cpu"],
+    r"runtime=tensorrt": ["target.runtime=onnxruntime", "target.precision=float32"],
     r"meta-llama": ["device=cpu", "task.train.web=train.txt", "task.train.books=test.txt"],
 }
 MODULE = """
@@ -96,11 +97,7 @@ def commands() -> list[str]:
 
 
 COMMANDS = commands()
-HERE = [
-    command
-    for command in COMMANDS
-    if not re.search(ABSENT, command) and not any(part in command for part in (*ELSEWHERE, "storage="))
-]
+HERE = [command for command in COMMANDS if not any(part in command for part in (*ELSEWHERE, "storage="))]
 
 
 def test_there_are_commands():
