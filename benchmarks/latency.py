@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch.utils.benchmark import Timer
 import prunefront
 from benchmarks.zoo import machine
 from prunefront.runners.targets import OnnxTarget, TorchTarget, runtimes
-from prunefront.runners.targets.exporting import export_onnx, exported, named_arrays, on_device
+from prunefront.runners.targets.exporting import exported, named_arrays, on_device
 from prunefront.runners.targets.local import torch_threads
 from prunefront.runners.tasks.cifar_resnet import CifarResNet, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
@@ -98,7 +97,7 @@ def repeatability(name: str, target: OnnxTarget | TorchTarget, options: argparse
     with (
         torch_threads(target.threads),
         torch.inference_mode(),
-        exported([dense, pruned], inputs, partial(export_onnx, traced=True)) as paths,
+        exported([dense, pruned], inputs, traced=True) as paths,
     ):
         first, second = _forwards(target, [dense, pruned], inputs, paths)
         for _ in range(options.repeats):

@@ -96,13 +96,15 @@ def _joining(overrides: Sequence[str]) -> list[str]:
     return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
 
 
-def inherited(run_dir: Path, overrides: Sequence[str], command: str, keys: Sequence[str] = ()) -> list[str]:
+def inherited(
+    run_dir: Path, overrides: Sequence[str], command: str, keys: Sequence[str] = (), instead: str | None = None
+) -> list[str]:
     """The overrides that the run was started with, all or those of ``keys``, without the ones given anew.
 
     A run's files never choose which code is run: overrides of task=custom must be given again. ``command`` is what the
-    user is told to repeat with them.
+    user is told to repeat with them, ``instead`` what can be done with a run of the Python API.
     """
-    stored = _stored_overrides(run_dir, command)
+    stored = _stored_overrides(run_dir, instead)
     given = {key_of(override) for override in overrides}
     kept = [override for override in stored if key_of(override) not in given | {"run_dir"}]
     # Of a choice that was made anew, such as another tracker, the old one's options say nothing.
@@ -166,17 +168,19 @@ def _of_the_search(overrides: Sequence[str]) -> list[str]:
     run_dir = Path(given.get("run", ""))
     if "run" not in given or ("task" in given and not (run_dir / ".hydra").exists()):
         return []
-    return inherited(run_dir, overrides, f"prunefront finetune {shlex.quote(str(run_dir))}", ("task", "tracker"))
+    instead = "name it, task=..., or go on in Python, with prunefront.finetune"
+    command = f"prunefront finetune {shlex.quote(str(run_dir))}"
+    return inherited(run_dir, overrides, command, ("task", "tracker"), instead)
 
 
-def _stored_overrides(run_dir: Path, command: str = "") -> list[str]:
+def _stored_overrides(run_dir: Path, instead: str | None = None) -> list[str]:
     path = run_dir / ".hydra" / "overrides.yaml"
     if not run_dir.is_dir():
         raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not path.exists():
         raise StorageError(
             f"{run_dir} was not made by the search command (it has no .hydra/overrides.yaml), so that its task is not "
-            f"known: {_elsewhere(run_dir, command)}"
+            f"known: {instead or f'go on in Python, with prunefront.search(..., run_dir={str(run_dir)!r})'}"
         )
     try:
         stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -185,13 +189,6 @@ def _stored_overrides(run_dir: Path, command: str = "") -> list[str]:
     if not isinstance(stored, list) or not all(isinstance(override, str) for override in stored):
         raise StorageError(f"{path} is damaged: it is no list of overrides")
     return [override.replace("++", "", 1) if override.startswith("++") else override for override in stored]
-
-
-def _elsewhere(run_dir: Path, command: str) -> str:
-    """What can be done instead of ``command`` with a run of the Python API."""
-    if command.startswith("prunefront finetune"):
-        return "name it, task=..., or go on in Python, with prunefront.finetune"
-    return f"go on in Python, with prunefront.search(..., run_dir={str(run_dir)!r})"
 
 
 def _is_harmless(override: str, stored: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -179,10 +179,11 @@ def check_reachable(space: Space, budget: Mapping[str, str | float]) -> None:
     for key, text in budget.items():
         if key == LATENCY:
             continue
-        (column, unit), least = KEYS[key], float(smallest[KEYS[key][0]])
+        column, unit = KEYS[key]
+        least = float(smallest[column])
         if least <= parse_budget({key: text}, dense).values[column]:
             continue
-        share = math.ceil(1e4 * least / list(asdict(dense).values())[column]) / 100
+        share = math.ceil(1e4 * least / parse_budget({key: "100%"}, dense).values[column]) / 100
         if parse_budget({key: f"{share}%"}, dense).values[column] < least:  # as a budget it must be held
             share += 0.01
         is_bare = re.fullmatch(r"[\d.]+", str(text)) and float(text) <= 100

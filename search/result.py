@@ -85,6 +85,7 @@ class Result:
     #: Seconds by part: ask, project, build, recalibrate, score, tell, test, save.
     seconds: Mapping[str, float]
     dense: Mapping[str, Any]
+    #: Whether a budget decides what is best.
     has_budget: bool
     #: What a table of the front leaves open.
     remarks: tuple[str, ...] = ()
@@ -258,7 +259,7 @@ def collect(
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
     described = {**judge.dense(dense or {}), **_dense_latency(entries)}
-    before = _front_before(run_dir)
+    before = {entry["name"] for entry in _earlier(run_dir).get("front", [])}
     seconds = dict(candidates.timer.seconds)
     write_json(
         run_dir / RESULT,
@@ -314,15 +315,14 @@ def _remarks(
     return tuple(found)
 
 
-def _front_before(run_dir: Path) -> set[str]:
-    """Names of the models that an earlier session of the run ended with."""
-    found = read_json(run_dir / RESULT).get("front", []) if (run_dir / RESULT).exists() else []
-    return {entry["name"] for entry in found}
+def _earlier(run_dir: Path) -> dict[str, Any]:
+    """What an earlier session of the same run ended with."""
+    return read_json(run_dir / RESULT) if (run_dir / RESULT).exists() else {}
 
 
 def known_dense(run_dir: Path) -> dict[str, Any]:
     """What an earlier session of the same run has found out about the dense model."""
-    known: dict[str, Any] = read_json(run_dir / RESULT).get("dense", {}) if (run_dir / RESULT).exists() else {}
+    known: dict[str, Any] = _earlier(run_dir).get("dense", {})
     return known
 
 

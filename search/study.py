@@ -235,19 +235,17 @@ def check_owner(run_dir: Path, space: Space, header: dict[str, Any]) -> dict[str
 def check_described(found: dict[str, Any], space: Space, header: dict[str, Any], where: str) -> None:
     """Raises SearchError unless ``found``, what stands in ``where``, describes this search."""
     search, is_same_model = found.get("search", {}), found.get("fingerprint") == space.fingerprint
-    options = {key: value for key, value in header.items() if key != "weights"}
-    has_same_weights = _value(search, "weights") == header["weights"]
-    has_same_space = not [key for key in _changed(search, options) if key.startswith("space.")]
-    if not has_same_weights or (not is_same_model and not _changed(search, options)):
-        told = _difference(found, space) if has_same_space else ""
+    changed = changed_keys(search, header)
+    if "weights" in changed or (not changed and not is_same_model):
+        told = "" if any(key.startswith("space.") for key in changed) else _difference(found, space)
         what = "a model with other weights" if search and is_same_model else f"another model{told}"
         raise SearchError(f"{where} belongs to {what}; choose another run_dir")
-    check_same_search(search, options, where)
+    check_same_search(search, header, where)
 
 
 def check_same_search(search: Mapping[str, Any], header: Mapping[str, Any], where: str) -> None:
     """Raises SearchError unless ``search``, which describes the search in ``where``, has the values of ``header``."""
-    if changed := _changed(search, header):
+    if changed := changed_keys(search, header):
         changes = ", ".join(f"{key} {_value(search, key)!r}, not {header[key]!r}" for key in changed)
         more = ": with warm_start it learns from this one" if set(changed) <= set(COMPARABLE) else ""
         raise SearchError(
@@ -255,7 +253,8 @@ def check_same_search(search: Mapping[str, Any], header: Mapping[str, Any], wher
         )
 
 
-def _changed(search: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+def changed_keys(search: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+    """Of ``header``, what ``search`` has other values of."""
     return [key for key, value in header.items() if _value(search, key) != value]
 
 
@@ -269,8 +268,8 @@ def _difference(found: Mapping[str, Any], space: Space) -> str:
     now = {group.name: group.size for group in space.groups}
     for name in [*before, *now]:
         if before.get(name) != now.get(name):
-            there, here = (f"{held[name]} units" if name in held else "is no group" for held in (before, now))
-            return f": {name} has {there} there, {here} here".replace("has is", "is")
+            there, here = (f"{held[name]} units" if name in held else "none" for held in (before, now))
+            return f": {name} has {there} there, {here} here"
     return ""
 
 

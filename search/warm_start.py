@@ -13,7 +13,7 @@ from ..spaces.errors import SearchError
 from .problem import Problem
 from .sampler import Scored
 from .saved import SPACE, read_json
-from .study import COMPARABLE, finished, read_study
+from .study import COMPARABLE, changed_keys, finished, read_study
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_earlier(runs: Sequence[str | Path], problem: Problem, header: Mapping[s
     for run in map(Path, runs):
         described = read_json(run / SPACE)
         search = described.get("search", {})
-        differing = [key for key, value in header.items() if key not in COMPARABLE and search.get(key) != value]
+        differing = [key for key in changed_keys(search, header) if key not in COMPARABLE]
         if described.get("fingerprint") != problem.space.fingerprint:
             differing.append("fingerprint")
         if differing:

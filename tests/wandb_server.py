@@ -22,6 +22,11 @@ def identity(*parts: str) -> str:
     return base64.b64encode(":".join(parts).encode()).decode()
 
 
+def name_of(identity: str) -> str:
+    """What :func:`identity` was made of, without the kind."""
+    return base64.b64decode(identity).decode().partition(":")[2]
+
+
 class WandbServer(ThreadingHTTPServer):
     """What it was told.
 
@@ -127,18 +132,18 @@ class WandbServer(ThreadingHTTPServer):
         return {"createArtifact": {"artifact": {**artifact, "artifactSequence": {"id": name, "latestArtifact": None}}}}
 
     def _CreateArtifactManifest(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = base64.b64decode(told["artifactID"]).decode().partition(":")[2]
+        name = name_of(told["artifactID"])
         file = {"id": "f", "uploadUrl": f"{self.url}/put/manifests/{name}", "uploadHeaders": []}
         return {"createArtifactManifest": {"artifactManifest": {"id": identity("Manifest", name), "file": file}}}
 
     def _UpdateArtifactManifest(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = base64.b64decode(told["artifactManifestID"]).decode().partition(":")[2]
+        name = name_of(told["artifactManifestID"])
         file = {"id": "f", "uploadUrl": f"{self.url}/put/manifests/{name}", "uploadHeaders": []}
         return {"updateArtifactManifest": {"artifactManifest": {"id": told["artifactManifestID"], "file": file}}}
 
     def _CreateArtifactFiles(self, told: dict[str, Any]) -> dict[str, Any]:
         def node(file: dict[str, Any]) -> dict[str, Any]:
-            artifact = base64.b64decode(file["artifactID"]).decode().partition(":")[2]
+            artifact = name_of(file["artifactID"])
             place = f"artifacts/{artifact}/{file['name']}"
             url = f"{self.url}/put/{place}"
             return {
@@ -153,12 +158,12 @@ class WandbServer(ThreadingHTTPServer):
         return {"createArtifactFiles": {"files": {"edges": [node(file) for file in told["artifactFiles"]]}}}
 
     def _CommitArtifact(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = base64.b64decode(told["artifactID"]).decode().partition(":")[2]
+        name = name_of(told["artifactID"])
         self.artifacts[name]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": told["artifactID"], "digest": self.artifacts[name]["digest"]}}}
 
     def _UseArtifact(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = base64.b64decode(told["artifactID"]).decode().partition(":")[2]
+        name = name_of(told["artifactID"])
         self.used.append((told["runName"], name))
         return {"useArtifact": {"artifact": {"id": told["artifactID"]}}}
 
@@ -167,7 +172,7 @@ class WandbServer(ThreadingHTTPServer):
         return {"project": {"artifact": kept and {"artifactType": {"name": kept["type"]}}}}
 
     def _ArtifactByID(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = base64.b64decode(told["id"]).decode().partition(":")[2]
+        name = name_of(told["id"])
         kept = self.artifacts[name]
         project = {"id": identity("Project", "p"), "internalId": "1", "name": "p", "entity": {"name": ENTITY}}
         found = {

@@ -34,10 +34,8 @@ def command(config: DictConfig) -> None:
     done = trained(config, task, run_dir, names)
     console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
     if worse := [pick for pick, found in done.items() if got_worse(found.metrics)]:
-        told = (
-            f"{', '.join(worse)} got worse, and the run prefers what it was before: try a lower finetune.lr, or more "
-        )
-        told += "epochs"
+        shown = ", ".join(worse)
+        told = f"{shown} got worse, and the run prefers what it was before: try a lower finetune.lr, or more epochs"
         errors.print(told, style="yellow", highlight=False, soft_wrap=True)
     for found in done.values():
         show_load(str(found.path))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...search import protocol
 from ...search.measurement import Settings
 from ...spaces.errors import TargetError
 from ...spaces.inputs import Inputs
-from .exporting import export_onnx, exported, named_arrays
+from .exporting import exported, named_arrays
 from .local import gives_same_outputs
 from .process import last_line, run_in_group, write_arrays
 
@@ -45,11 +45,11 @@ class CommandTarget:
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        traced = partial(export_onnx, traced=True)
-        with exported(models, inputs, traced) as paths:
-            if gives_same_outputs(models, inputs, paths):  # those of the program are not known
-                return self._times(paths, inputs, settings)
-        with exported(models, inputs, export_onnx) as paths:
+        if importlib.util.find_spec("onnxruntime") is not None:  # it tells of tracing what the program's times do not
+            with exported(models, inputs, traced=True) as paths:
+                if gives_same_outputs(models, inputs, paths):
+                    return self._times(paths, inputs, settings)
+        with exported(models, inputs) as paths:
             return self._times(paths, inputs, settings)
 
     def _times(

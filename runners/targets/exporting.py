@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,6 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
         ) from error
 
 
-def run_onnx(path: Path, inputs: Inputs) -> list[Any]:
-    """Outputs of the file in ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    known = {value.name for value in session.get_inputs()}  # exporters drop inputs that nothing uses
-    return list(session.run(None, {name: array for name, array in named_arrays(inputs).items() if name in known}))
-
-
 def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> None:
     names = list(named_arrays(inputs))
     with torch.no_grad(), quiet():
@@ -92,10 +83,7 @@ def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> Non
 
 @contextlib.contextmanager
 def exported(
-    models: Sequence[nn.Module],
-    inputs: Inputs,
-    write: Callable[[nn.Module, Inputs, Path], None],
-    dtype: torch.dtype | None = None,
+    models: Sequence[nn.Module], inputs: Inputs, traced: bool = False, dtype: torch.dtype | None = None
 ) -> Iterator[list[Path]]:
     """The models as ONNX files in a folder that is removed afterwards; with weights and inputs of ``dtype``."""
     with tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
@@ -104,7 +92,7 @@ def exported(
             model, here = on_device(model, inputs, "cpu")
             if dtype is not None:
                 model = copy_model(model).to(dtype)
-            write(model, in_type(here, dtype), path)
+            export_onnx(model, in_type(here, dtype), path, traced)
         yield paths
 
 

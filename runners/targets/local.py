@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import logging
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from ...spaces.devices import CPU, check_device
 from ...spaces.errors import ConfigError, TargetError
 from ...spaces.inputs import Inputs
 from . import runtimes
-from .exporting import OutputsDiffer, check_outputs, export_onnx, exported, in_type, named_arrays, on_device
+from .exporting import OutputsDiffer, check_outputs, exported, in_type, named_arrays, on_device
 from .process import Answer, read_answer, run_in_group, write_task
 
 logger = logging.getLogger(__name__)
@@ -163,16 +161,20 @@ class OnnxTarget:
     def _times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings, traced: bool
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        with exported(models, inputs, partial(export_onnx, traced=traced), self._dtype) as paths:
-            folder = paths[0].parent
-            arrays = named_arrays(in_type(inputs, self._dtype))
-            write_task(folder, paths, arrays, self.runtime, self.options, settings)
-            answer = self.ask(folder, len(models))
-        for model, outputs in zip(models, answer.outputs, strict=True):
-            check_outputs(model, inputs, outputs, self.precision, self.runtime)
+        with exported(models, inputs, traced, self._dtype) as paths:
+            answer = self.answer(models, inputs, paths, settings)
         return answer.samples, answer.conditions
 
-    def ask(self, folder: Path, models: int) -> Answer:
+    def answer(self, models: Sequence[nn.Module], inputs: Inputs, paths: Sequence[Path], settings: Settings) -> Answer:
+        """What the runtime finds of the exported models. Raises TargetError where its outputs are not torch's."""
+        folder, arrays = paths[0].parent, named_arrays(in_type(inputs, self._dtype))
+        write_task(folder, paths, arrays, self.runtime, self.options, settings)
+        answer = self._ask(folder, len(models))
+        for model, outputs in zip(models, answer.outputs, strict=True):
+            check_outputs(model, inputs, outputs, self.precision, self.runtime)
+        return answer
+
+    def _ask(self, folder: Path, models: int) -> Answer:
         """Measure what is in ``folder``."""
         try:
             ended = run_in_group([sys.executable, str(folder / "remote.py"), str(folder)], self.timeout_s)
@@ -186,15 +188,9 @@ class OnnxTarget:
 
 
 def gives_same_outputs(models: Sequence[nn.Module], inputs: Inputs, paths: Sequence[Path]) -> bool:
-    """Whether ONNX Runtime, where it is installed, finds torch's outputs in the exported files."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return False
-    runtime, folder = OnnxTarget(), paths[0].parent
-    write_task(folder, paths, named_arrays(inputs), runtime.runtime, runtime.options, _SHORT)
+    """Whether ONNX Runtime finds torch's outputs in the exported files."""
     try:
-        answer = runtime.ask(folder, len(models))
-        for model, outputs in zip(models, answer.outputs, strict=True):
-            check_outputs(model, inputs, outputs, runtime.precision, runtime.runtime)
+        OnnxTarget().answer(models, inputs, paths, _SHORT)
     except TargetError as error:
         logger.info("exported again without tracing: %s", error)
         return False

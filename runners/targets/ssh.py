@@ -47,7 +47,7 @@ class SshTarget(OnnxTarget):
     def description(self) -> Mapping[str, Any]:
         return {"target": "ssh", "host": self.host, "runtime": self.runtime, **self.options}
 
-    def ask(self, folder: Path, models: int) -> Answer:
+    def _ask(self, folder: Path, models: int) -> Answer:
         package = packed(folder)
         for attempt in range(1, ATTEMPTS + 1):
             ended = self._send(package)

@@ -207,7 +207,7 @@ def test_models_for_tensorrt_have_the_types_that_they_shall_compute_in(tmp_path)
     import onnxruntime
 
     model, inputs = Net(8).eval(), Inputs.of(INPUTS)
-    with exporting.exported([model], inputs, exporting.export_onnx, torch.float16) as paths:
+    with exporting.exported([model], inputs, traced=True, dtype=torch.float16) as paths:
         session = onnxruntime.InferenceSession(paths[0], providers=["CPUExecutionProvider"])
     assert {value.type for value in session.get_inputs()} == {"tensor(float16)"}
     arrays = exporting.named_arrays(exporting.in_type(inputs, torch.float16))
