@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..search.saved import METRICS, load, read_json, resolve
 from ..spaces.errors import StorageError
@@ -30,6 +29,8 @@ def check_model(path: Path) -> Iterator[str]:
     _compare("parameters", params, metrics.get("params"), folder)
     yield f"{params:,} parameters, as {METRICS} says"
     inputs = stored_inputs(folder)
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         outputs = _run(model, inputs, folder)

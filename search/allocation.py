@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
-from scipy.optimize import Bounds, LinearConstraint, milp
-from sklearn.isotonic import IsotonicRegression
 
 from .problem import COST_SHARE, SHARES, Problem
 from .projection import Projector
@@ -39,6 +37,8 @@ def choose(gains: Sequence[Array], costs: Sequence[Array], limits: Array) -> lis
     Raises:
         ValueError: no choice holds the limits.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import, as scikit-learn is
+
     sizes = [len(values) for values in gains]
     starts = np.cumsum([0, *sizes])
     one_each = np.zeros((len(sizes), starts[-1]))
@@ -61,6 +61,8 @@ def rising(x: Array, y: Array, at: Array) -> Array:
     The repair is the nearest rising sequence in the squares (isotonic regression; Barlow et al. 1972). Beyond its ends
     the values go on as between the last two.
     """
+    from sklearn.isotonic import IsotonicRegression
+
     order = np.argsort(x, kind="stable")
     x, y = x[order], IsotonicRegression().fit_transform(x[order], y[order])
     found = np.interp(at, x, y)

@@ -19,6 +19,7 @@ from ..spaces.calibration import inputs_of
 from ..spaces.devices import device_of, moved
 from ..spaces.errors import ConfigError
 from ..spaces.inputs import output_tensors
+from ..spaces.norms import QuickNorms
 from ..spaces.trace import evaluating
 
 #: What a dense model's outputs may take while they are kept for comparison.
@@ -54,7 +55,7 @@ class SampleScore:
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
         batch = moved(self.batches[part], device_of(model))
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode(), QuickNorms():
             values = self.of_output(inputs_of(batch, self.arguments).call(model), batch, part)
         found = np.asarray(values.double().cpu().numpy())
         if found.ndim != 1 or len(found) != _samples(batch):
@@ -95,7 +96,7 @@ class Fidelity(SampleScore):
         if measure not in MEASURES:
             raise ConfigError(f"unknown measure of fidelity {measure!r}; expected one of {', '.join(MEASURES)}")
         super().__init__(batches, lambda output, _: output, arguments)
-        with evaluating(dense), torch.inference_mode():
+        with evaluating(dense), torch.inference_mode(), QuickNorms():
             device = device_of(dense)
             outputs = [inputs_of(moved(batch, device), arguments).call(dense) for batch in self.batches]
         self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .devices import batches_on, device_of
 from .errors import CalibrationError
 from .groups import Structure, groups_in
 from .inputs import Inputs
+from .norms import QuickNorms
 from .surgery import tensors_of
 from .trace import evaluating
 
@@ -107,6 +108,26 @@ def exactly(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+@contextmanager
+def as_rounded(tensor: torch.Tensor) -> Iterator[None]:
+    """No autocast; matrix products of float32 values that were computed from ``tensor`` take them as rounded as it is.
+
+    Their sums are float32. Where the processor multiplies bfloat16, that is twice as quick.
+    """
+    # Older releases of torch have no such setting.
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None or tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+        with exactly(tensor):
+            yield
+        return
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        with exactly(tensor):
+            yield
+    finally:
+        products.fp32_precision = before
+
+
 class Moments:
     """First and second moments of what a consumer multiplies.
 
@@ -187,7 +208,7 @@ def collect(model: nn.Module, structure: Structure, calibration: Calibration, se
     statistics = Statistics()
     batches = sum(1 for _ in calibration.batches)
     watcher = _Collector(model, structure, statistics, max(batches, 1), seed)
-    with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
+    with evaluating(model), torch.no_grad(), calibration.precision(model), QuickNorms(), watcher:
         for inputs in calibration:
             inputs.call(model)
     for name in watcher.embedded & statistics.moments.keys():
@@ -296,7 +317,7 @@ def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SA
         return
     momenta = [layer.momentum for layer in layers]
     try:
-        with evaluating(model), torch.no_grad(), calibration.precision(model):
+        with evaluating(model), torch.no_grad(), calibration.precision(model), QuickNorms():
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average

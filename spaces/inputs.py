@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .devices import moved
+from .modes import EagerMode
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Inputs:
         return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
 
 
-class OrdinaryBranches(TorchDispatchMode):
+class OrdinaryBranches(EagerMode):
     """Without numbers, what a forward asks of all elements (``all``, or a sum that equals something) holds.
 
     So it does on ordinary inputs: Hugging Face's attention masks are left out where all positions follow each other and

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copying import copy_model
 from .devices import all_cuda_devices, device_of
 from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
+from .modes import EagerMode
 from .options import ROUNDED_KINDS
 from .surgery import mask_model, slice_model
 from .trace import evaluating
@@ -133,7 +133,7 @@ class Prover:
         return [leaf if self._shapes_only else leaf.double() for leaf in outputs_of(model, self._inputs)]
 
 
-class Comparable(TorchDispatchMode):
+class Comparable(EagerMode):
     """Runs a model so that a removed unit and a zero are the same thing, and in double precision throughout.
 
     Casts to a lower precision inside the forward would drown the comparison in rounding; they are left out.

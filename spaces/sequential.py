@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .calibration import Calibration, exactly
+from .calibration import Calibration, as_rounded
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, matrix, sampled, tensor_like
 from .groups import Kept, Structure
 from .inputs import Inputs
 from .least_squares import ridge
+from .norms import batch_norm
 from .surgery import kept_elements, row_factors
 from .trace import evaluating
 
@@ -182,7 +183,8 @@ class _Recorder(_Follower):
         if table is not None and id(table) in self.names:
             self.targets.pop(self.names[id(table)], None)
             self.seen.add(self.names[id(table)])
-        return func(*args, **kwargs)
+        norm = batch_norm_arguments(func, args, kwargs)
+        return func(*args, **kwargs) if norm is None else batch_norm(**norm)
 
     def passed(self, parameter: str, func: Any) -> None:
         if func is F.batch_norm and parameter in self.targets:
@@ -227,7 +229,7 @@ class _Fit:
 
     def solve(self) -> None:
         """Set the weight and the bias for which the outputs are nearest to the dense ones."""
-        with exactly(self.rows):
+        with as_rounded(self.call.x):
             wanted = self.scaled(self.target.outputs[:, self.chosen].float())
             self.missing = wanted - self.rows @ self.weight.T
             if self.bias is not None:
@@ -237,7 +239,7 @@ class _Fit:
 
     def correct(self, missing: torch.Tensor) -> None:
         """Make the outputs come nearer to the dense ones plus ``missing (n, out)``."""
-        with exactly(self.rows):
+        with as_rounded(self.call.x):
             self.missing = self.missing + self.scaled(missing)
             self._fit()
 
@@ -301,7 +303,7 @@ class _Refitter(_Follower):
 
     def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         norm = batch_norm_arguments(func, args, kwargs)
-        return func(*args, **kwargs) if norm is None else func(**norm | {"training": True, "momentum": 1.0})
+        return func(*args, **kwargs) if norm is None else batch_norm(**norm | {"training": True, "momentum": 1.0})
 
     def summed(
         self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool

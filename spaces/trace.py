@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import TraceError
 from .inputs import Inputs, output_tensors
 from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
+from .modes import EagerMode
 from .residual import ModuleCalls, Stack
 from .sizes import CREATING, Site, TracedInt, note_bounds, sizes_in_call, traced_integers
 
@@ -195,7 +195,7 @@ class Call:
         self.recorder.note_producer(self.outputs[0], dim, self[weight], weight_dim, self[bias] if bias else None)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EagerMode):
     """Applies the rule of every operator, and keeps count of work and of live activations."""
 
     def __init__(self, model: nn.Module) -> None:

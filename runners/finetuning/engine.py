@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...search.candidates import Score
 from ...search.engine import weights_digest
@@ -216,6 +215,8 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         inputs.to(device_of(model)).call(model)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search.budget import LATENCY_COLUMN, parse_budget
@@ -142,6 +141,8 @@ def importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple
 
     Watanabe et al. 2023, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary Subspaces".
     """
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # imports scikit-learn
+
     if len(trials) < LEAST_TRIALS or len({t.values[0] for t in trials}) < LEAST_TRIALS:
         return []
     with warnings.catch_warnings():
