@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 #: Trials before the first fit, one more for so many dimensions, and the spread of the logarithms of their shares around
 #: equal ones.
-FIRST_TRIALS, DIMENSIONS_A_TRIAL, FIRST_SPREAD = 12, 8, 0.3
+FIRST_TRIALS, DIMENSIONS_A_TRIAL, FIRST_SPREAD = 4, 8, 0.3
 #: Plans that a fit takes in: the nearest in cost, the best and the latest ones.
 MOST_TRIALS = 400
 #: Proposals compared in a round: changed at random, and along the slopes of the surrogate.
