@@ -18,7 +18,7 @@ import optuna
 import prunefront
 from benchmarks.search import discovered
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
-from prunefront.search.result import is_estimate
+from prunefront.search.study import is_estimate
 
 CUTS = (10, 20, 30, 40, 50)
 

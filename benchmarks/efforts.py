@@ -22,8 +22,7 @@ import prunefront
 from benchmarks.search import discovered
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
 from prunefront.search.guidance import guidance
-from prunefront.search.result import PARTLY
-from prunefront.search.study import finished
+from prunefront.search.study import PARTLY, finished
 from prunefront.spaces.calibration import precision
 from prunefront.spaces.sequential import EFFORTS, Effort
 

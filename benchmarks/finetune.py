@@ -35,7 +35,7 @@ from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.base import Epoch
 from prunefront.runners.tasks.cifar_resnet import augment, cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
-from prunefront.search.saved import read_plan
+from prunefront.search.files import read_plan
 from prunefront.spaces import Plan, Space
 from prunefront.spaces.calibration import precision
 

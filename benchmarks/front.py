@@ -38,8 +38,8 @@ from benchmarks.search import discovered, searched, test_accuracy
 from benchmarks.zoo import machine
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
-from prunefront.search.result import PARTLY, planned
-from prunefront.search.study import finished
+from prunefront.search.result import planned
+from prunefront.search.study import PARTLY, finished
 from prunefront.spaces.calibration import Calibration, precision, recalibrate
 
 CONTENDERS = ("uniform", "ours", "ours:nsga2", "ours:tpe", "eagleeye", "torch-pruning")

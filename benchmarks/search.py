@@ -1,7 +1,7 @@
 """One-shot test accuracy of the pick after the same seconds: our search, its samplers, and what others do.
 
-Run: python -m benchmarks.search [--depths 20,56] [--budgets 0.5] [--contenders ...] [--seconds 300] [--seeds 0,1]
-     [--out search.json]     (PRUNEFRONT_DATA names the folder of task=cifar_resnet)
+Run: python -m benchmarks.search [--models resnet20,resnet56,vit] [--budgets 0.5] [--contenders ...] [--seconds 300]
+     [--seeds 0,1] [--out search.json]     (PRUNEFRONT_DATA names the folder of task=cifar_resnet)
 
 Searching is done on the even test images, reporting on the odd ones; no training. The clock of a contender starts
 before it looks at the model. Its pick after so many seconds is the best one that it could have repaired by then.
@@ -10,7 +10,8 @@ before it looks at the model. Its pick after so many seconds is the best one tha
 with our order and repair; ``uniform l1``: by l1 norm, BatchNorm recalibrated; ``global l1``: units of all layers in one
 order of their normalised l1 norms. ``eagleeye``: random widths within the budget, BatchNorm recalibrated, the best
 accuracy (Li et al. 2020). ``torch-pruning``: Optuna's TPE suggests a ratio a layer, Torch-Pruning prunes a copy by l1,
-BatchNorm is recalibrated, and the excess over the budget is taken off the accuracy.
+BatchNorm is recalibrated, and the excess over the budget is taken off the accuracy. Of a vision transformer
+(``benchmarks/vit.py``) it prunes heads and neurons.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ import optuna
 from torch import nn
 
 import prunefront
+from benchmarks.vit import cifar_vit
 from benchmarks.zoo import machine
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
 from prunefront.search.engine import WIDTH_KINDS
-from prunefront.search.result import PARTLY, planned
-from prunefront.search.study import finished
+from prunefront.search.result import planned
+from prunefront.search.study import PARTLY, finished
 from prunefront.spaces.calibration import Calibration, precision, recalibrate
 from prunefront.spaces.criteria import Evidence, unit_scores
 
@@ -50,6 +52,11 @@ CONTENDERS = (
     "eagleeye",
     "torch-pruning",
 )
+MODELS: dict[str, tuple[str, Callable[[], Task]]] = {
+    "resnet20": ("ResNet-20", lambda: cifar_resnet(20)),
+    "resnet56": ("ResNet-56", lambda: cifar_resnet(56)),
+    "vit": ("ViT", cifar_vit),
+}
 CUTS = (60, 120, 300)
 PARTS = ("ask", "project", "build", "recalibrate", "score", "tell")
 Row = dict[str, Any]
@@ -155,7 +162,7 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
     import torch_pruning as tp
 
     started = time.perf_counter()
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    layers = _layers(model)
     dense_macs, _ = tp.utils.count_ops_and_params(model, *task.example_inputs)
     calibration = Calibration(task.calibration)  # type: ignore[arg-type]
     best: list[tuple[float, float, float, nn.Module]] = []
@@ -170,9 +177,14 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
             importance=tp.importance.MagnitudeImportance(p=1),
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios,
-            ignored_layers=[candidate.linear],
+            ignored_layers=[m for m in modules.values() if isinstance(m, nn.Linear)][-1:],
+            num_heads={m.qkv: m.num_heads for m in modules.values() if hasattr(m, "qkv")},
+            prune_num_heads=True,
         )
         pruner.step()
+        for attention in [m for m in candidate.modules() if hasattr(m, "qkv")]:
+            attention.num_heads = pruner.num_heads[attention.qkv]
+            attention.attn_dim = attention.num_heads * attention.head_dim
         with precision(candidate, task.autocast):
             recalibrate(candidate, calibration)
             macs, _ = tp.utils.count_ops_and_params(candidate, *task.example_inputs)
@@ -192,6 +204,13 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
             _, _, share, candidate = max(ready, key=lambda entry: entry[1])
             row[str(cut)] = {"accuracy": test_accuracy(task, candidate), "macs": share, "trials": len(ready)}
     return row
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Those that Torch-Pruning gets a ratio for: convolutions, or of a transformer what makes heads and neurons."""
+    if hasattr(model, "blocks"):
+        return [name for name, _ in model.named_modules() if name.endswith((".qkv", ".fc1"))]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
 def _share(space: prunefront.Space, plan: prunefront.Plan) -> float:
@@ -222,7 +241,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", default="20,56")
+    parser.add_argument("--models", default="resnet20,resnet56", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--budgets", default="0.5")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -235,14 +254,15 @@ def main() -> None:
         results = json.loads(options.out.read_text(encoding="utf-8"))
     results["machine"] = machine()
     jobs: list[tuple[str, Callable[[], Row]]] = []
-    for depth in map(int, options.depths.split(",")):
-        task = cifar_resnet(depth)
+    for chosen in options.models.split(","):
+        title, make_task = MODELS[chosen]
+        task = make_task()
         model = task.make_model()
-        results.setdefault("dense", {})[str(depth)] = test_accuracy(task, model)
+        results.setdefault("dense", {})[chosen] = test_accuracy(task, model)
         for seed in map(int, options.seeds.split(",")):
             for budget in map(float, options.budgets.split(",")):
                 for name in options.contenders.split(","):
-                    key = f"ResNet-{depth}, {budget:.0%}|{name}|{seed}"
+                    key = f"{title}, {budget:.0%}|{name}|{seed}"
                     arguments = (task, model, budget, name, options.seconds, seed)
                     jobs.append((key, lambda a=arguments: measure(*a)))
     for key, job in jobs:

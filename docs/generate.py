@@ -34,11 +34,19 @@ def options() -> str:
         "## Commands",
     ]
     conf = Path(str(resources.files("prunefront.conf")))
-    for name, (command, example) in COMMANDS.items():
+    for name, command in COMMANDS.items():
         path = conf / f"{name.replace('-', '_')}.yaml"
         if not path.exists():
             continue
-        lines += ["", f"### prunefront {name}", "", inspect.getdoc(command) or "", "", f"`{example}`", ""]
+        lines += [
+            "",
+            f"### prunefront {name}",
+            "",
+            inspect.getdoc(command.function) or "",
+            "",
+            f"`{command.example}`",
+            "",
+        ]
         lines += [*_chosen(path), *_table(path)]
     for title, folder in [("Experiments", "experiment"), *((f"`{group}=`", group) for group in GROUPS)]:
         lines += ["", f"## {title}"]

@@ -1,32 +1,7 @@
 """Find and build smaller models by structured pruning."""
 
-# The function takes the place of the folder's name here; import the folder's parts with `from`.
-from .runners.finetuning import Distill, Domains, Finetuned, Recipe, finetune
-from .search import Entry, Fidelity, Measurement, Result, SampleScore, Timing, load, measure, project, search
-from .spaces import Cost, Frozen, Group, Member, Plan, PrunefrontError, Space, discover
+import lazy_loader
 
-__all__ = [
-    "Cost",
-    "Distill",
-    "Domains",
-    "Entry",
-    "Fidelity",
-    "Finetuned",
-    "Frozen",
-    "Group",
-    "Measurement",
-    "Member",
-    "Plan",
-    "PrunefrontError",
-    "Recipe",
-    "Result",
-    "SampleScore",
-    "Space",
-    "Timing",
-    "discover",
-    "finetune",
-    "load",
-    "measure",
-    "project",
-    "search",
-]
+# Parts are imported when they are asked for (`__init__.pyi` lists them): torch takes seconds, which `--help` need not
+# wait for. The function `search` takes the place of the folder's name; import the folder's parts with `from`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..search.saved import METRICS, load, read_json, resolve
+from ..search.files import METRICS, read_json, resolve
+from ..search.saved import load
 from ..spaces.errors import StorageError
 from ..spaces.inputs import Inputs, output_tensors
 from .exporting.inputs import stored_inputs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,34 +23,100 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ..spaces.errors import ConfigError, PrunefrontError
-from . import commands, viewing
 from .config import register
-from .dashboard import command as dashboard
 from .display import errors
 from .experiments import EXPERIMENTS
-from .experiments import command as experiment
-from .exporting.command import command as export
-from .finetuning.command import command as finetune
 from .mistakes import check_complete, explained
 from .overrides import POSITIONAL, forget_options, is_unused, prepare_overrides
-from .rounds import command as rounds
-from .workers import command as worker
 
-COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str]] = {
-    "space": (commands.space, "prunefront space task=digits"),
-    "search": (commands.search, "prunefront search task=digits budget.macs=40% n_trials=200"),
-    "measure": (commands.measure, "prunefront measure task=digits target=onnxruntime"),
-    "front": (viewing.front, "prunefront front runs/a pick.macs=30%"),
-    "pick": (viewing.pick, "prunefront pick runs/a pick.macs=30%"),
-    "show": (viewing.show, "prunefront show runs/a"),
-    "finetune": (finetune, "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5"),
-    "export": (export, "prunefront export runs/a pick.macs=50% format=onnx"),
-    "worker": (worker, "prunefront worker runs/a storage=postgresql://user@host/studies"),
-    "rounds": (rounds, "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3"),
-    "experiment": (experiment, "prunefront experiment li2016 epochs=10"),
-    "load-check": (viewing.load_check, "prunefront load-check runs/a"),
-    "dashboard": (dashboard, "prunefront dashboard runs/a"),
-    "report": (viewing.report, "prunefront report runs/a runs/b"),
+
+@dataclass(frozen=True)
+class Command:
+    """``where``: its module and function, imported when it runs, since most of them wait seconds for torch;
+    ``summary``: the first line of that function's description; ``example``: a call that works."""
+
+    where: str
+    summary: str
+    example: str
+
+    @property
+    def function(self) -> Callable[[DictConfig], Any]:
+        module, _, name = self.where.partition(":")
+        found: Callable[[DictConfig], Any] = getattr(importlib.import_module(f".{module}", __package__), name)
+        return found
+
+
+COMMANDS = {
+    "space": Command(
+        "commands:space",
+        "Show what can be pruned, at which share of the cost, what cannot and why, and how small the model can get.",
+        "prunefront space task=digits",
+    ),
+    "search": Command(
+        "commands:search",
+        "Search within a budget or along the front, and save the models that were found.",
+        "prunefront search task=digits budget.macs=40% n_trials=200",
+    ),
+    "measure": Command(
+        "commands:measure",
+        "Measure plans of a model on a target until their latency can be predicted, and show how well it can.",
+        "prunefront measure task=digits target=onnxruntime",
+    ),
+    "front": Command(
+        "viewing:front",
+        "Show the front of a run, or the picks of a multirun; with a budget, what holds it and the best of that.",
+        "prunefront front runs/a pick.macs=30%",
+    ),
+    "pick": Command(
+        "viewing:pick",
+        "Print the folder of the best model within a budget, for other programs.",
+        "prunefront pick runs/a pick.macs=30%",
+    ),
+    "show": Command(
+        "viewing:show",
+        "Show one model of a run in detail: scores and costs beside the dense model's, and the width of every group.",
+        "prunefront show runs/a",
+    ),
+    "finetune": Command(
+        "finetuning.command:command",
+        "Train picked models of a run back, with or without the dense model as a teacher.",
+        "prunefront finetune runs/a pick.macs=50% finetune.distill.weight=0.5",
+    ),
+    "export": Command(
+        "exporting.command:command",
+        "Write a picked model as ONNX, a torch.export program, safetensors, OpenVINO or a Hugging Face checkpoint.",
+        "prunefront export runs/a pick.macs=50% format=onnx",
+    ),
+    "worker": Command(
+        "workers:command",
+        "Join a search that another process has begun, from this machine or another, until it is over.",
+        "prunefront worker runs/a storage=postgresql://user@host/studies",
+    ),
+    "rounds": Command(
+        "rounds:command",
+        "Search and fine-tune in rounds of ever smaller budgets, each from the model of the one before.",
+        "prunefront rounds task=digits budget.macs=20% rounds=3 finetune.epochs=3",
+    ),
+    "experiment": Command(
+        "experiments:command",
+        "Reproduce a published system in several steps: tables, figures and models.",
+        "prunefront experiment li2016 epochs=10",
+    ),
+    "load-check": Command(
+        "viewing:load_check",
+        "Load a saved model as a stranger would, and compare it with what was written down about it.",
+        "prunefront load-check runs/a",
+    ),
+    "dashboard": Command(
+        "dashboard:command",
+        "Open optuna-dashboard on the study of a run, finished or not: all trials with plans, costs and constraints.",
+        "prunefront dashboard runs/a",
+    ),
+    "report": Command(
+        "viewing:report",
+        "Write report.html of a finished run again, or one page that compares several runs.",
+        "prunefront report runs/a runs/b",
+    ),
 }
 
 
@@ -97,7 +165,7 @@ def experiment_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def experiments_help() -> str:
     """What there is to reproduce."""
-    lines = [(experiment.__doc__ or "").splitlines()[0], "", "usage: prunefront experiment NAME [OPTION=VALUE ...]", ""]
+    lines = [COMMANDS["experiment"].summary, "", "usage: prunefront experiment NAME [OPTION=VALUE ...]", ""]
     for name in EXPERIMENTS:
         text = (resources.files("prunefront.conf") / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
         lines.append(f"  {name:11} {text.splitlines()[1].lstrip('# ')}")
@@ -106,7 +174,6 @@ def experiments_help() -> str:
 
 def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bool) -> int:
     """Compose the configuration and run the command, once or (``-m``) for every combination."""
-    command = COMMANDS[name][0]
     failed, own_process = [], os.getpid()
 
     def job(config: DictConfig) -> Any:
@@ -114,8 +181,8 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
         # A multirun's table tells of jobs without a result.
         may_go = is_unused(folder) and folder != Path.cwd() and HydraConfig.get().mode != RunMode.MULTIRUN
         try:
-            check_complete(config, f"prunefront {name}", COMMANDS[name][1])
-            return command(config)
+            check_complete(config, f"prunefront {name}", COMMANDS[name].example)
+            return COMMANDS[name].function(config)
         except BrokenPipeError:
             _output_is_closed()
         except PrunefrontError as error:
@@ -176,8 +243,8 @@ def _report_error(error: PrunefrontError, debug: bool) -> int:
 def usage() -> str:
     """The commands, each with an example."""
     lines = ["Find and build smaller PyTorch models by structured pruning.", "", "commands:"]
-    lines += [f"  {name:11} {(command.__doc__ or '').splitlines()[0]}" for name, (command, _) in COMMANDS.items()]
-    lines += ["", "examples:", *(f"  {example}" for _, example in COMMANDS.values())]
+    lines += [f"  {name:11} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "examples:", *(f"  {command.example}" for command in COMMANDS.values())]
     lines += [
         "  prunefront search resume=runs/a n_trials=400",
         "  prunefront search -m budget.macs=30%,50%,70% seed=0,1",
@@ -191,13 +258,17 @@ def command_help(name: str, config_name: str, arguments: Sequence[str] = ()) -> 
     """The command's options with their defaults and meanings: its configuration file, and the choices beside it; of a
     choice that is among ``arguments``, its options too."""
     chosen = {key: value for key, _, value in (text.partition("=") for text in arguments)}
-    command, example = COMMANDS[name]
     files = resources.files("prunefront.conf")
     text = (files / f"{config_name}.yaml").read_text(encoding="utf-8")
     options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
     argument = " RUN" if name in POSITIONAL else config_name.removeprefix(name).replace("/", " ")
-    lines = [(command.__doc__ or "").splitlines()[0], "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
-    lines += [f"  {example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
+    lines = [COMMANDS[name].summary, "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
+    lines += [
+        f"  {COMMANDS[name].example}",
+        "",
+        "options and their defaults (Hydra overrides, such as budget.macs=40%):",
+        "",
+    ]
     lines += [f"  {line}" for line in options.splitlines()]
     groups = re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE)
     for group, default in groups:

@@ -24,14 +24,14 @@ from ..search import Result, parse_budget
 from ..search import search as run_search
 from ..search.budget import check_reachable
 from ..search.engine import check_options, early_header
+from ..search.files import SPACE, read_json, write_json
 from ..search.fitting import described_error
+from ..search.formats import FIDELITY
 from ..search.front import picked_by
-from ..search.guidance import FIDELITY
 from ..search.latency import LatencyModel
 from ..search.problem import objective_of
 from ..search.progress import SearchProgress
 from ..search.samplers import check_sampler
-from ..search.saved import SPACE, read_json, write_json
 from ..search.stairs import Stairs, override
 from ..search.study import Store, check_same_search, ended
 from ..search.timing import Timing

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..search import load
 from ..search.candidates import score_dense
-from ..search.guidance import FIDELITY
-from ..search.saved import METRICS, load_with, read_json, save_model, write_json
+from ..search.files import METRICS, read_json, write_json
+from ..search.formats import FIDELITY
+from ..search.saved import load_with, save_model
 from ..spaces import Space, discover
 from ..spaces.devices import CPU
 from ..spaces.errors import SearchError, StorageError

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..search.saved import write_text
+from ..search.files import write_text
 from ..spaces.errors import ConfigError, StorageError
 
 #: These take a run as their first argument.

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..search.budget import KEYS, LATENCY, parse_budget
-from ..search.saved import METRICS, read_json, write_json
+from ..search.files import METRICS, read_json, write_json
 from ..spaces import Cost
 from ..spaces.errors import ConfigError
 from .commands import output_folder, searched

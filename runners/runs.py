@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.saved import FINETUNED, METRICS, PLAN, RESULT, SPACE, read_json
+from ..search.files import FINETUNED, METRICS, PLAN, RESULT, SPACE, read_json
 from ..spaces import Cost
 from ..spaces.errors import StorageError
 
@@ -88,11 +88,10 @@ def models_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def folder_of(run_dir: Path, name: str) -> Path:
-    """Where the model of that name is saved: ``dense``, ``trial0012``, or ``trial0012+sgd`` after fine-tuning."""
-    if name == DENSE:
-        return run_dir / DENSE
-    trial, _, recipe = name.partition(TUNED)
-    return run_dir / "front" / trial / FINETUNED / recipe if recipe else run_dir / "front" / trial
+    """Where the model of that name is saved: ``dense``, ``trial0012``; ``trial0012+sgd`` after fine-tuning."""
+    found, _, recipe = name.partition(TUNED)
+    folder = run_dir / DENSE if found == DENSE else run_dir / "front" / found
+    return folder / FINETUNED / recipe if recipe else folder
 
 
 def dense_cost(dense: Mapping[str, Any]) -> Cost:

@@ -9,14 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..search.files import METRICS, RESULT, read_json, read_plan
 from ..search.front import picked_by
-from ..search.saved import METRICS, RESULT, read_json, read_plan
 from ..spaces.errors import SearchError, StorageError
-from .check import check_model
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
 from .modules import import_modules
 from .picking import best, given_limits, picked, picks, within
-from .report import write_report
 from .runs import (
     DENSE,
     differing_overrides,
@@ -110,6 +108,8 @@ def described(run_dir: Path, run: Mapping[str, Any], name: str) -> dict[str, Any
 
 def report(config: DictConfig) -> None:
     """Write report.html of a finished run again, or one page that compares several runs."""
+    from .report import write_report  # imports torch, which the other commands need not wait for
+
     given = [config.run] if isinstance(config.run, str) else list(config.run)
     folders = [folder for text in given for folder in finished_runs(Path(text))]
     own = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
@@ -129,6 +129,8 @@ def finished_runs(folder: Path) -> list[Path]:
 
 def load_check(config: DictConfig) -> None:
     """Load a saved model as a stranger would, and compare it with what was written down about it."""
+    from .check import check_model  # as above
+
     import_modules(config.modules)
     for line in check_model(Path(config.run)):
         console.print(f"[green]ok[/] {line}", soft_wrap=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..search.engine import work
+from ..search.files import METRICS, read_json
 from ..search.latency import LatencyModel, Measurements
-from ..search.saved import METRICS, read_json
 from ..spaces import Space
 from ..spaces.errors import ConfigError, StorageError
 from .commands import LATENCY_FILE, search_options

@@ -1,25 +1,6 @@
 """Which plan to try next: budgets, projection onto them, scoring of candidates, the search loop."""
 
-from .budget import Limits, parse_budget
-from .engine import search
-from .measurement import Measurement, measure
-from .projection import project
-from .result import Entry, Result
-from .saved import load
-from .scores import Fidelity, SampleScore
-from .timing import Timing
+import lazy_loader
 
-__all__ = [
-    "Entry",
-    "Fidelity",
-    "Limits",
-    "Measurement",
-    "Result",
-    "SampleScore",
-    "Timing",
-    "load",
-    "measure",
-    "parse_budget",
-    "project",
-    "search",
-]
+# Parts are imported when they are asked for; `__init__.pyi` lists them.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

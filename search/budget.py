@@ -6,13 +6,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces import Cost, Space
+from ..spaces import Cost
 from ..spaces.errors import BudgetError
+
+if TYPE_CHECKING:
+    from ..spaces import Space
 
 #: Budget key -> column of ``CostModel.batch`` and how much of that cost one unit of the key is.
 KEYS = {"macs": (0, 1.0), "flops": (0, 0.5), "params": (1, 1.0), "memory": (2, 1.0), "size": (3, 1.0)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: The name of the score where the user has none, and of what guides trials by default.
+FIDELITY = "fidelity"
+
 
 def score_text(value: float | None, dense: float | None) -> str:
     """``0.8712 (-0.0034)``: with the difference to the dense model's."""

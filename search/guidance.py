@@ -12,9 +12,9 @@ from ..spaces.calibration import Calibration, precision
 from ..spaces.devices import Moved
 from ..spaces.errors import ConfigError
 from .candidates import Score
+from .formats import FIDELITY
 from .scores import Fidelity, SampleScore, parts_of
 
-FIDELITY = "fidelity"
 GUIDES = ("auto", "score", FIDELITY)
 #: Samples that fidelity is taken on.
 GUIDE_SAMPLES = 1000

@@ -22,10 +22,9 @@ from .guidance import Guidance
 from .liveness import WORKER, this_process
 from .problem import CRITERION, SHARES, Problem
 from .racing import Raced
-from .result import PARTLY
 from .scores import SampleScore
-from .study import ended, finished, name_of, release_stale
-from .tuning import STOPPED, GivenUp, Watch
+from .study import PARTLY, STOPPED, ended, finished, name_of, release_stale
+from .tuning import GivenUp, Watch
 from .warm_start import Earlier
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class SearchProgress:
     def __init__(
         self, n_trials: int, objective: str, dense: Mapping[str, float], console: Console | None = None
     ) -> None:
-        self.objective, self.dense = objective, dense
+        self.n_trials, self.objective, self.dense = n_trials, objective, dense
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,7 +53,7 @@ class SearchProgress:
         """Show what an earlier session has done."""
         done, _ = ended(study.get_trials(deepcopy=False))
         if done:
-            self.progress.update(self.bar, completed=done, best=self.best(study))
+            self.progress.update(self.bar, completed=done, total=max(done, self.n_trials), best=self.best(study))
 
     def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         done, _ = ended(study.get_trials(deepcopy=False))

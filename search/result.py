@@ -24,22 +24,20 @@ from ..spaces.devices import device_of
 from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.inputs import Inputs
 from .candidates import Candidates, Score
+from .files import METRICS, RESULT, read_json, write_json
 from .formats import count_text, milliseconds_text, score_text
 from .front import knee, non_dominated, picked_by, thinned
 from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
-from .saved import METRICS, RESULT, load_with, read_json, read_saved, save_model, write_json
-from .study import ended, finished, name_of
+from .saved import load_with, read_saved, save_model
+from .study import ended, finished, is_estimate, name_of
 from .timing import Timing
-from .tuning import STOPPED
 
 logger = logging.getLogger(__name__)
 
 #: The prediction that is kept beside a measured latency.
 PREDICTED_MS = "latency_predicted_ms"
-#: The attribute of trials that were given up after so many samples: their values are estimates.
-PARTLY = "samples"
 #: Trials that are judged within a budget, and along a front.
 FINALISTS, FRONT_FINALISTS = 5, 20
 Judging = Callable[[int, int], None]
@@ -348,11 +346,6 @@ def this_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "optuna", "prunefront")},
     }
-
-
-def is_estimate(trial: FrozenTrial) -> bool:
-    """Whether the trial was given up: its value is what it had promised by then."""
-    return PARTLY in trial.user_attrs or STOPPED in trial.user_attrs
 
 
 def _dense_latency(entries: Sequence[Entry]) -> dict[str, float]:

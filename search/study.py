@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import optuna
@@ -18,14 +18,18 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from ..spaces import Space
 from ..spaces.errors import SearchError, StorageError
+from .files import SPACE, read_json, write_json
 from .liveness import WORKER, is_stale
-from .saved import SPACE, read_json, write_json
+
+if TYPE_CHECKING:
+    from ..spaces import Space
 
 STUDY_NAME, JOURNAL = "prunefront", "study.journal"
 #: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
 DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
+#: Attributes of trials that were given up, after so many samples, or steps: their values are estimates.
+PARTLY, STOPPED = "samples", "stopped_at"
 #: What may differ between two searches whose values are compared, see :mod:`.warm_start`.
 COMPARABLE = ("mode", "objective", "budget", "target", "seed", "storage")
 #: SQLAlchemy's own choices are older ones, which have to be compiled.
@@ -99,6 +103,11 @@ def with_driver(url: str) -> str:
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials with a score."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def is_estimate(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether the trial was given up: its value is what it had promised by then."""
+    return PARTLY in trial.user_attrs or STOPPED in trial.user_attrs
 
 
 def ended(trials: Sequence[optuna.trial.FrozenTrial]) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from torch import nn
 from ..spaces import Plan, Space
 from ..spaces.errors import StorageError, TargetError
 from ..spaces.inputs import Inputs
+from .files import read_json, write_json
 from .fitting import TOGETHER, fit_latency
 from .latency import LatencyModel, Measurements
 from .measurement import Measurement, Settings, Target, side_by_side
 from .pace import SLOWER, Pace
-from .saved import read_json, write_json
 from .shapes import check_inputs, inputs_at
 from .stairs import LEAST_WIDTHS, Stairs, stair_widths
 

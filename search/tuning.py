@@ -12,8 +12,8 @@ from torch import nn
 
 from ..spaces.errors import PrunefrontError
 
-#: The attribute of a trial with its values by step, and of one that was given up: after which step.
-STEPS, STOPPED = "steps", "stopped_at"
+#: The attribute of a trial with its values by step.
+STEPS = "steps"
 #: Trials that must have come as far before one is given up.
 LEAST_TRIALS = 5
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..spaces.errors import SearchError
+from .files import SPACE, read_json
 from .problem import Problem
 from .sampler import Scored
-from .saved import SPACE, read_json
 from .study import COMPARABLE, changed_keys, finished, read_study
 
 

@@ -1,9 +1,6 @@
 """What may be removed from a model: trace, groups, plans, candidates and their exact cost."""
 
-from .cost import Cost
-from .errors import PrunefrontError
-from .groups import Frozen, Group, Member
-from .plan import Plan
-from .space import Space, discover
+import lazy_loader
 
-__all__ = ["Cost", "Frozen", "Group", "Member", "Plan", "PrunefrontError", "Space", "discover"]
+# Parts are imported when they are asked for; `__init__.pyi` lists them.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

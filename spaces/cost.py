@@ -10,36 +10,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from .groups import Kept, Layout, Moment, Owner, Structure, Term
+from .plan import Cost
 
 #: Product of variables (group indices, sorted, with repetition, then blocks) -> coefficient.
 Polynomial = dict[tuple[int, ...], int]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a plan costs.
-
-    ``macs``: multiply-accumulates of one forward pass on the example inputs (batch included). ``params``: number of
-    parameters. ``memory_bytes``: peak of the activations alive at once in that pass, inputs included.
-    ``size_bytes``: parameters and buffers.
-    """
-
-    macs: int
-    params: int
-    memory_bytes: int
-    size_bytes: int
-
-    @property
-    def flops(self) -> int:
-        """Two per multiply-accumulate."""
-        return 2 * self.macs
 
 
 class _Polynomials:

@@ -1,10 +1,11 @@
-"""A plan: which units of every group stay."""
+"""A plan: which units of every group stay; and what one costs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,23 @@ class Plan:
 
 def _is_units(units: Any) -> bool:
     return isinstance(units, list) and all(type(u) is int and u >= 0 for u in units) and len(set(units)) == len(units)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs.
+
+    ``macs``: multiply-accumulates of one forward pass on the example inputs (batch included). ``params``: number of
+    parameters. ``memory_bytes``: peak of the activations alive at once in that pass, inputs included.
+    ``size_bytes``: parameters and buffers.
+    """
+
+    macs: int
+    params: int
+    memory_bytes: int
+    size_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Two per multiply-accumulate."""
+        return 2 * self.macs

@@ -1,7 +1,8 @@
 """A model's structure as JSON, and a model from that JSON, without pickle and without running any ``__init__``.
 
-A file may name only classes of Python modules that are imported already or belong to :data:`TRUSTED` packages, only
-:class:`torch.nn.Module` classes, and only functions of torch: a file from a stranger does not choose what code runs.
+A file may name only classes of Python modules that are imported already or belong to :data:`.trust.TRUSTED` packages,
+only :class:`torch.nn.Module` classes, and only functions of torch: a file from a stranger does not choose what code
+runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from torch import nn
 from .copying import copy_model
 from .errors import StorageError
 from .surgery import tensors_of
+from .trust import SCRIPT, is_trusted
 
-#: Packages whose modules may be imported because a file names them.
-TRUSTED = ("prunefront", "timm", "torch", "torchvision", "transformers")
-#: The module of a script that is run, or a notebook.
-SCRIPT = "__main__"
 _CONFIG_CLASSES = {
     "transformers.configuration_utils.PretrainedConfig",
     "transformers.configuration_utils.PreTrainedConfig",
@@ -281,7 +279,7 @@ def _class(path: str) -> Any:
     """What ``path`` names, in a module that is imported already or trusted."""
     module, _, qualname = path.partition(":")
     if module not in sys.modules:
-        if module.partition(".")[0] not in TRUSTED or module.endswith(SCRIPT):
+        if not is_trusted(module):
             raise StorageError(
                 f"the saved model uses {qualname} of {module}: if you trust it, import {module} first, "
                 f"on the command line with 'modules=[{module}]'"

@@ -17,7 +17,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .compensation import Compensation
-from .cost import Cost, CostModel
+from .cost import CostModel
 from .criteria import CRITERIA, Evidence, unit_scores
 from .devices import device_of
 from .equivalents import replace
@@ -27,7 +27,7 @@ from .huggingface import inexpressible
 from .inputs import Inputs
 from .least_squares import lost_outputs
 from .options import Options, check_kinds
-from .plan import Plan, Ranking
+from .plan import Cost, Plan, Ranking
 from .proof import Prover
 from .residual import find_stacks
 from .surgery import Slicer, mask_model, tensors_of

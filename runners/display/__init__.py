@@ -1,24 +1,6 @@
 """What the command line shows: tables and log messages, all on one console."""
 
-from .console import ConsoleHandler, console, errors, show_load
-from .latency import latency_view, stairs_view
-from .models import BAR, bar, finetuned_table, front_table, multirun_table, widths_table
-from .space import folded_names, number_range, space_view
+import lazy_loader
 
-__all__ = [
-    "BAR",
-    "ConsoleHandler",
-    "bar",
-    "console",
-    "errors",
-    "finetuned_table",
-    "folded_names",
-    "front_table",
-    "latency_view",
-    "multirun_table",
-    "number_range",
-    "show_load",
-    "space_view",
-    "stairs_view",
-    "widths_table",
-]
+# Parts are imported when they are asked for; `__init__.pyi` lists them.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from ...search.files import read_plan, resolve
+from ...spaces.trust import own_modules
+
+#: Columns where no terminal tells its own: in the log of a cluster, or a file.
+WIDTH = 160
+
+
+def _console(stderr: bool = False) -> Console:
+    made = Console(stderr=stderr)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDTH
+    return made
+
+
 #: Log messages pass above a live progress bar only when both are written by the same console.
-console = Console()
-errors = Console(stderr=True)
+console = _console()
+errors = _console(stderr=True)
 
 
 class ConsoleHandler(RichHandler):
@@ -21,5 +36,9 @@ class ConsoleHandler(RichHandler):
 
 
 def show_load(folder: Path | str) -> None:
-    """How a saved model is read from Python."""
-    console.print(f'load    prunefront.load("{folder}")', soft_wrap=True, highlight=False)
+    """How a saved model is read from Python, and what has to be at hand for it."""
+    plan = read_plan(resolve(Path(folder)))
+    modules = own_modules(plan["structure"])
+    first = f"import {', '.join(modules)}; " if modules else ""
+    dense = ", model=dense_model" if plan["needs_dense_model"] else ""
+    console.print(f'load    {first}prunefront.load("{folder}"{dense})', soft_wrap=True, highlight=False)

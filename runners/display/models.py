@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ...search.formats import count_text, milliseconds_text, score_text
-from ...search.guidance import FIDELITY
+from ...search.formats import FIDELITY, count_text, milliseconds_text, score_text
 from ..runs import DENSE, TUNED
 
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.saved import save_model, write_json
+from ...search.files import write_json
+from ...search.saved import save_model
 from ...search.scores import SampleScore
 from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision

@@ -20,8 +20,8 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
+from ...search.files import write_json
 from ...search.measurement import Settings, measure
-from ...search.saved import write_json
 from ...spaces import Space, discover
 from ...spaces.calibration import precision
 from ...spaces.criteria import Evidence, unit_scores

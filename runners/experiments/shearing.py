@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import nn
 
 from ...search.candidates import Score
-from ...search.saved import load, write_json
+from ...search.files import write_json
+from ...search.saved import load
 from ...spaces import Plan, Space, discover
 from ...spaces.calibration import precision
 from ...spaces.errors import ConfigError

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ...search.saved import METRICS, load, read_json, save_model, write_json
+from ...search.files import METRICS, read_json, write_json
+from ...search.saved import load, save_model
 from ...spaces.errors import SearchError
 
 OPTIONS = "options.json"

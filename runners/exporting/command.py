@@ -7,7 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.filesize import decimal
 
-from ...search.saved import METRICS, load, read_json, read_plan
+from ...search.files import METRICS, read_json, read_plan
+from ...search.saved import load
 from ...spaces.errors import ConfigError
 from ..display import console, errors
 from ..modules import import_modules

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...search.saved import read_plan
+from ...search.files import read_plan
 from ...spaces.errors import StorageError
 from ...spaces.inputs import Inputs
 

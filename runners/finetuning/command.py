@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.saved import FINETUNED, METRICS, load_with, read_json, read_plan
+from ...search.files import FINETUNED, METRICS, read_json, read_plan
+from ...search.saved import load_with
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
 from ..devices import use_device
@@ -37,8 +38,9 @@ def command(config: DictConfig) -> None:
         shown = ", ".join(worse)
         told = f"{shown} got worse, and the run prefers what it was before: try a lower finetune.lr, or more epochs"
         errors.print(told, style="yellow", highlight=False, soft_wrap=True)
-    for found in done.values():
-        show_load(str(found.path))
+    for pick, found in done.items():
+        preferred = pick.partition(TUNED)[0] if got_worse(found.metrics) else pick
+        show_load(folder_of(run_dir, preferred))
     console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True, highlight=False)
 
 

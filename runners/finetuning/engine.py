@@ -15,7 +15,8 @@ from torch import nn
 
 from ...search.candidates import Score
 from ...search.engine import weights_digest
-from ...search.saved import METRICS, load, read_json, save_model
+from ...search.files import METRICS, read_json
+from ...search.saved import load, save_model
 from ...spaces import Plan
 from ...spaces.calibration import Calibration, batch_norms, inputs_of
 from ...spaces.copying import copy_model

@@ -13,11 +13,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search.budget import LATENCY_COLUMN, parse_budget
+from ...search.files import read_plan
 from ...search.front import hypervolumes, picked_by
 from ...search.problem import COLUMNS, COST_SHARE, CRITERION
-from ...search.result import is_estimate
-from ...search.saved import read_plan
-from ...search.study import finished, read_study
+from ...search.study import finished, is_estimate, read_study
 from ..runs import dense_cost, folder_of, own_overrides, read_run
 
 #: Importance of fewer trials than this says nothing.

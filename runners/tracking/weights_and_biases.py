@@ -16,9 +16,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search import Result
+from ...search.files import FINETUNED, METRICS, PLAN, SPACE, WEIGHTS, read_json
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
-from ...search.saved import FINETUNED, METRICS, PLAN, SPACE, WEIGHTS, read_json
 from ...search.study import name_of
 from ..finetuning import Progress
 from ..runs import is_multirun

@@ -380,3 +380,28 @@ def test_help_shows_the_options_of_a_choice_that_is_named(capsys):
 def test_help(arguments, capsys):
     assert main(arguments) == 0
     assert "prunefront" in capsys.readouterr().out
+
+
+def test_summaries_are_what_the_commands_say_of_themselves():
+    for command in COMMANDS.values():
+        assert command.function.__doc__.splitlines()[0] == command.summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "commands:"),
+        (["search", "--help"], "n_trials"),
+        (["serch"], "unknown command"),
+        (["search", "n_trails=10"], "did you mean n_trials"),
+        (["front", "RUN"], "digits"),
+        (["pick", "RUN"], "front"),
+        (["show", "RUN"], "share that is kept"),
+    ],
+)
+def test_commands_that_run_no_model_do_not_wait_for_torch(arguments, told, digits_run):
+    arguments = [str(digits_run) if argument == "RUN" else argument for argument in arguments]
+    code = "import sys; from prunefront.runners.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert told in run.stdout + run.stderr
+    assert run.stdout.splitlines()[-1] == "False"

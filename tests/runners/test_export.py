@@ -10,7 +10,7 @@ from torch import nn
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.exporting.formats import export_onnx, export_pt2
-from prunefront.search.saved import resolve
+from prunefront.search.files import resolve
 from prunefront.spaces.errors import ConfigError
 from prunefront.spaces.inputs import Inputs
 

@@ -16,7 +16,8 @@ import torch
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
-from prunefront.search.saved import resolve, save_model
+from prunefront.search.files import resolve
+from prunefront.search.saved import save_model
 
 QUICK = ["finetune.epochs=1", "tracker=none"]
 

@@ -4,7 +4,8 @@ import json
 
 import prunefront
 from prunefront.runners.cli import main
-from prunefront.search.saved import resolve
+from prunefront.runners.display import console
+from prunefront.search.files import resolve
 
 
 def test_the_folder_of_a_pick_is_all_that_is_printed(digits_run, capsys):
@@ -37,7 +38,8 @@ def test_a_latency_that_was_not_measured_is_no_budget(digits_run, capsys):
         assert "no latency was measured" in advice and "target=onnxruntime" in advice
 
 
-def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys):
+def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 80)
     assert main(["show", str(digits_run)]) == 0
     shown = capsys.readouterr().out
     assert main(["show", str(digits_run), "--json"]) == 0

@@ -7,7 +7,7 @@ import pytest
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.rounds import budgets
-from prunefront.search.saved import METRICS
+from prunefront.search.files import METRICS
 from prunefront.spaces import Cost
 from prunefront.spaces.errors import ConfigError
 

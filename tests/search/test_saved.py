@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from test_search import CALIBRATION, fidelity, make_model, run
 
 import prunefront
+from prunefront.search import files
 from prunefront.spaces.errors import StorageError
 
 
@@ -95,6 +95,6 @@ def test_a_damaged_saved_model_is_written_again_by_the_next_search(tmp_path):
 
 
 def test_a_json_file_that_is_far_too_large_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(sys.modules["prunefront.search.saved"], "JSON_LIMIT", 10)
+    monkeypatch.setattr(files, "JSON_LIMIT", 10)
     with pytest.raises(StorageError, match=r"plan\.json has more than"):
         prunefront.load(folder)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import prunefront
-from prunefront.search.result import is_estimate
-from prunefront.search.tuning import LEAST_TRIALS, STEPS, STOPPED, GivenUp, Watch
+from prunefront.search.study import STOPPED, is_estimate
+from prunefront.search.tuning import LEAST_TRIALS, STEPS, GivenUp, Watch
 from prunefront.spaces.errors import SearchError
 
 INPUTS = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
