@@ -53,10 +53,11 @@ class Scored:
 
     @classmethod
     def of(cls, problem: Problem, trials: Iterable[FrozenTrial]) -> Scored:
+        names = [groups[0].name for groups in problem.space.tied_groups]
         rows, criteria, values = [], [], []
         for trial in trials:
             plan = trial.user_attrs["plan"]
-            rows.append([plan["widths"][groups[0].name] for groups in problem.space.tied_groups])
+            rows.append([plan["widths"][name] for name in names])
             criteria.append(problem.space.criteria.index(plan["criterion"]))
             values.append(trial.values[0] if trial.values else np.nan)
         widths = np.array(rows, dtype=np.int64).reshape(len(rows), len(problem.space.dimensions))
