@@ -11,7 +11,7 @@ with our order and repair; ``uniform l1``: by l1 norm, BatchNorm recalibrated; `
 order of their normalised l1 norms. ``eagleeye``: random widths within the budget, BatchNorm recalibrated, the best
 accuracy (Li et al. 2020). ``torch-pruning``: Optuna's TPE suggests a ratio a layer, Torch-Pruning prunes a copy by l1,
 BatchNorm is recalibrated, and the excess over the budget is taken off the accuracy. Of a vision transformer
-(``benchmarks/vit.py``) it prunes heads and neurons.
+(``benchmarks/vit.py``) it prunes the width of heads, and neurons.
 """
 
 from __future__ import annotations
@@ -179,11 +179,10 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
             pruning_ratio_dict=ratios,
             ignored_layers=[m for m in modules.values() if isinstance(m, nn.Linear)][-1:],
             num_heads={m.qkv: m.num_heads for m in modules.values() if hasattr(m, "qkv")},
-            prune_num_heads=True,
         )
         pruner.step()
         for attention in [m for m in candidate.modules() if hasattr(m, "qkv")]:
-            attention.num_heads = pruner.num_heads[attention.qkv]
+            attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
             attention.attn_dim = attention.num_heads * attention.head_dim
         with precision(candidate, task.autocast):
             recalibrate(candidate, calibration)
