@@ -61,7 +61,8 @@ def _positions_side_by_side(x: torch.Tensor, training: bool) -> int:
     ):
         return 1
     total, positions = x.numel() // x.shape[1], 1
-    while 2 * positions * x.shape[1] <= MOST_VALUES and total % (2 * positions) == 0:
+    # One row of all positions would have no variance of its own.
+    while 2 * positions * x.shape[1] <= MOST_VALUES and total % (2 * positions) == 0 and total > 2 * positions:
         positions *= 2
     return positions
 
@@ -76,7 +77,7 @@ def _statistics(rows: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch
 
 
 def _update(norm: Mapping[str, Any], mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-    """What training does to the running statistics."""
+    """What training does to the running statistics; in torch's own way, which stays infinite where a sum overflows."""
     momentum = norm["momentum"]
-    norm["running_mean"].lerp_(mean.to(norm["running_mean"].dtype), momentum)
-    norm["running_var"].lerp_((variance * (count / (count - 1))).to(norm["running_var"].dtype), momentum)
+    for name, found in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
+        norm[name].mul_(1 - momentum).add_(found.to(norm[name].dtype), alpha=momentum)

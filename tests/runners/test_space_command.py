@@ -9,7 +9,7 @@ from torch import nn
 
 import prunefront
 from prunefront.runners.cli import main
-from prunefront.runners.display import folded_names, number_range
+from prunefront.runners.display import console, folded_names, number_range
 
 DIGITS = ["task=digits", "task.width=4", "task.epochs=1"]
 
@@ -66,7 +66,7 @@ LLAMA = task("llama", f"{__name__}.tokens", "")
 @pytest.fixture
 def show(capsys, monkeypatch):
     """Output of the command on 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(console, "width", 80)
 
     def show(*arguments):
         capsys.readouterr()

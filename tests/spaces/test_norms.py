@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prunefront.spaces import norms
 from prunefront.spaces.norms import QuickNorms, batch_norm
 
-SHAPES = [(8, 10, 16, 16), (4, 16, 7, 7), (3, 21, 5, 5), (2, 63, 8, 8)]
+SHAPES = [(8, 10, 16, 16), (4, 16, 7, 7), (3, 21, 5, 5), (2, 63, 8, 8), (1, 5, 4, 4), (2, 5, 1, 1)]
 
 
 def arguments(shape: tuple[int, ...], dtype: torch.dtype, affine: bool = True) -> dict[str, torch.Tensor | None]:
@@ -53,7 +53,7 @@ def test_what_is_rearranged() -> None:
     """Else the tests above would compare torch with itself."""
     with torch.no_grad():
         counts = [norms._positions_side_by_side(arguments(shape, torch.bfloat16)["input"], False) for shape in SHAPES]
-    assert counts == [64, 4, 1, 16]
+    assert counts == [64, 4, 1, 16, 8, 1]
     x = arguments(SHAPES[0], torch.bfloat16)["input"]
     assert norms._positions_side_by_side(x, False) == 1, "gradients are asked for"
     with torch.no_grad():
@@ -80,3 +80,16 @@ def test_layers_without_statistics_are_torch_s() -> None:
     x = arguments(SHAPES[0], torch.float32)["input"]
     with torch.no_grad(), QuickNorms():
         torch.testing.assert_close(layer(x).mean((0, 2, 3)), torch.zeros(10), atol=1e-5, rtol=0)
+
+
+def test_an_overflow_stays_what_it_is() -> None:
+    """As in a training that has gone astray: infinite variances give zeros, and not NaN."""
+    norm = arguments(SHAPES[0], torch.float32)
+    norm["input"] = norm["input"] * 1e30
+    theirs = copied(norm)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = F.batch_norm(**theirs, training=True, momentum=0.5, eps=1e-5)
+            found = batch_norm(**norm, training=True, momentum=0.5, eps=1e-5)
+    assert torch.isfinite(expected).all() == torch.isfinite(found).all()
+    assert torch.equal(norm["running_var"], theirs["running_var"])
