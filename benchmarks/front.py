@@ -19,7 +19,6 @@ budget's share of the front's.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import tempfile
 import time
@@ -34,13 +33,12 @@ import optuna
 from torch import nn
 
 import prunefront
-from benchmarks.search import discovered, searched, test_accuracy
+from benchmarks.search import discovered, macs_by_torch_pruning, pruned_by_torch_pruning, searched, test_accuracy
 from benchmarks.zoo import machine
 from prunefront.runners.tasks import Task
 from prunefront.runners.tasks.cifar_resnet import cifar_resnet
 from prunefront.search.result import planned
 from prunefront.search.study import PARTLY, finished
-from prunefront.spaces.calibration import Calibration, precision, recalibrate
 
 CONTENDERS = ("uniform", "ours", "ours:nsga2", "ours:tpe", "eagleeye", "torch-pruning")
 CUTS = (60, 120, 300)
@@ -124,31 +122,15 @@ def uniform_front(task: Task, model: nn.Module, seconds: float) -> list[Scored]:
 
 def torch_pruning_front(task: Task, model: nn.Module, seconds: float, seed: int) -> list[Scored]:
     """As a user of both would write it today."""
-    import torch_pruning as tp
-
     started = time.perf_counter()
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    dense_macs, _ = tp.utils.count_ops_and_params(model, *task.example_inputs)
-    calibration = Calibration(task.calibration)  # type: ignore[arg-type]
+    dense_macs = macs_by_torch_pruning(task, model)
     found: list[Scored] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
-        candidate = copy.deepcopy(model)
-        modules = dict(candidate.named_modules())
-        tp.pruner.MagnitudePruner(
-            candidate,
-            task.example_inputs[0],
-            importance=tp.importance.MagnitudeImportance(p=1),
-            pruning_ratio=0.0,
-            pruning_ratio_dict={modules[name]: trial.suggest_float(name, 0.0, 0.9) for name in layers},
-            ignored_layers=[candidate.linear],
-        ).step()
-        with precision(candidate, task.autocast):
-            recalibrate(candidate, calibration)
-            macs, _ = tp.utils.count_ops_and_params(candidate, *task.example_inputs)
-            accuracy = float(task.score(candidate.eval()))  # type: ignore[misc]
-        found.append(Scored(time.perf_counter() - started, macs / dense_macs, accuracy, [(0.0, lambda: candidate)]))
-        return accuracy, macs / dense_macs
+        candidate, macs, accuracy = pruned_by_torch_pruning(task, model, trial)
+        share = macs / dense_macs
+        found.append(Scored(time.perf_counter() - started, share, accuracy, [(0.0, lambda: candidate)]))
+        return accuracy, share
 
     study = optuna.create_study(
         directions=["maximize", "minimize"], sampler=optuna.samplers.NSGAIISampler(population_size=20, seed=seed)

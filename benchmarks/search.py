@@ -159,36 +159,13 @@ def searched(
 
 def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, seed: int, cuts: tuple[int, ...]) -> Row:
     """As a user of both would write it today."""
-    import torch_pruning as tp
-
     started = time.perf_counter()
-    layers = _layers(model)
-    dense_macs, _ = tp.utils.count_ops_and_params(model, *task.example_inputs)
-    calibration = Calibration(task.calibration)  # type: ignore[arg-type]
+    dense_macs = macs_by_torch_pruning(task, model)
     best: list[tuple[float, float, float, nn.Module]] = []
 
     def objective(trial: optuna.Trial) -> float:
-        candidate = copy.deepcopy(model)
-        modules = dict(candidate.named_modules())
-        ratios = {modules[name]: trial.suggest_float(name, 0.0, 0.9) for name in layers}
-        pruner = tp.pruner.MagnitudePruner(
-            candidate,
-            task.example_inputs[0],
-            importance=tp.importance.MagnitudeImportance(p=1),
-            pruning_ratio=0.0,
-            pruning_ratio_dict=ratios,
-            ignored_layers=[m for m in modules.values() if isinstance(m, nn.Linear)][-1:],
-            num_heads={m.qkv: m.num_heads for m in modules.values() if hasattr(m, "qkv")},
-        )
-        pruner.step()
-        for attention in [m for m in candidate.modules() if hasattr(m, "qkv")]:
-            attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
-            attention.attn_dim = attention.num_heads * attention.head_dim
-        with precision(candidate, task.autocast):
-            recalibrate(candidate, calibration)
-            macs, _ = tp.utils.count_ops_and_params(candidate, *task.example_inputs)
-            share = macs / dense_macs
-            accuracy = float(task.score(candidate.eval()))  # type: ignore[misc]
+        candidate, macs, accuracy = pruned_by_torch_pruning(task, model, trial)
+        share = macs / dense_macs
         value = accuracy - max(0.0, share - budget) * 10
         if share <= budget * 1.005:
             best.append((time.perf_counter() - started, accuracy, share, candidate))
@@ -203,6 +180,36 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
             _, _, share, candidate = max(ready, key=lambda entry: entry[1])
             row[str(cut)] = {"accuracy": test_accuracy(task, candidate), "macs": share, "trials": len(ready)}
     return row
+
+
+def pruned_by_torch_pruning(task: Task, model: nn.Module, trial: optuna.Trial) -> tuple[nn.Module, float, float]:
+    """A copy of ``model`` that loses of every layer what ``trial`` suggests, its MACs, and its score."""
+    import torch_pruning as tp
+
+    candidate = copy.deepcopy(model)
+    modules = dict(candidate.named_modules())
+    tp.pruner.MagnitudePruner(
+        candidate,
+        task.example_inputs[0],
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={modules[name]: trial.suggest_float(name, 0.0, 0.9) for name in _layers(model)},
+        ignored_layers=[m for m in modules.values() if isinstance(m, nn.Linear)][-1:],
+        num_heads={m.qkv: m.num_heads for m in modules.values() if hasattr(m, "qkv")},
+    ).step()
+    for attention in [m for m in candidate.modules() if hasattr(m, "qkv")]:
+        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+        attention.attn_dim = attention.num_heads * attention.head_dim
+    with precision(candidate, task.autocast):
+        recalibrate(candidate, Calibration(task.calibration))  # type: ignore[arg-type]
+        return candidate, macs_by_torch_pruning(task, candidate), float(task.score(candidate.eval()))  # type: ignore[misc]
+
+
+def macs_by_torch_pruning(task: Task, model: nn.Module) -> float:
+    import torch_pruning as tp
+
+    macs, _ = tp.utils.count_ops_and_params(model, *task.example_inputs)
+    return float(macs)
 
 
 def _layers(model: nn.Module) -> list[str]:

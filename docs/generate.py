@@ -38,15 +38,8 @@ def options() -> str:
         path = conf / f"{name.replace('-', '_')}.yaml"
         if not path.exists():
             continue
-        lines += [
-            "",
-            f"### prunefront {name}",
-            "",
-            inspect.getdoc(command.function) or "",
-            "",
-            f"`{command.example}`",
-            "",
-        ]
+        description = inspect.getdoc(command.function) or ""
+        lines += ["", f"### prunefront {name}", "", description, "", f"`{command.example}`", ""]
         lines += [*_chosen(path), *_table(path)]
     for title, folder in [("Experiments", "experiment"), *((f"`{group}=`", group) for group in GROUPS)]:
         lines += ["", f"## {title}"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..search.files import METRICS, read_json, resolve
 from ..search.saved import load
@@ -30,8 +31,6 @@ def check_model(path: Path) -> Iterator[str]:
     _compare("parameters", params, metrics.get("params"), folder)
     yield f"{params:,} parameters, as {METRICS} says"
     inputs = stored_inputs(folder)
-    from torch.utils.flop_counter import FlopCounterMode
-
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         outputs = _run(model, inputs, folder)

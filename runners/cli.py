@@ -262,13 +262,9 @@ def command_help(name: str, config_name: str, arguments: Sequence[str] = ()) -> 
     text = (files / f"{config_name}.yaml").read_text(encoding="utf-8")
     options = text.partition("- _self_\n")[2].partition("\nhydra:")[0].strip()
     argument = " RUN" if name in POSITIONAL else config_name.removeprefix(name).replace("/", " ")
-    lines = [COMMANDS[name].summary, "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
-    lines += [
-        f"  {COMMANDS[name].example}",
-        "",
-        "options and their defaults (Hydra overrides, such as budget.macs=40%):",
-        "",
-    ]
+    command = COMMANDS[name]
+    lines = [command.summary, "", f"usage: prunefront {name}{argument} [OPTION=VALUE ...]"]
+    lines += [f"  {command.example}", "", "options and their defaults (Hydra overrides, such as budget.macs=40%):", ""]
     lines += [f"  {line}" for line in options.splitlines()]
     groups = re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE)
     for group, default in groups:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import norms
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, sampled
 from .devices import batches_on, device_of
 from .errors import CalibrationError
 from .groups import Structure, groups_in
 from .inputs import Inputs
-from .norms import QuickNorms
 from .surgery import tensors_of
 from .trace import evaluating
 
@@ -208,7 +208,7 @@ def collect(model: nn.Module, structure: Structure, calibration: Calibration, se
     statistics = Statistics()
     batches = sum(1 for _ in calibration.batches)
     watcher = _Collector(model, structure, statistics, max(batches, 1), seed)
-    with evaluating(model), torch.no_grad(), calibration.precision(model), QuickNorms(), watcher:
+    with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
         for inputs in calibration:
             inputs.call(model)
     for name in watcher.embedded & statistics.moments.keys():
@@ -258,7 +258,7 @@ class _Collector(Watcher):
         norm = batch_norm_arguments(func, args, kwargs)
         if norm is not None and norm["input"] is output and self.statistics.moments[parameter].shift is None:
             self.statistics.moments[parameter].shift = (self.state_names[id(norm["running_mean"])], -1)
-        return func(*args, **kwargs)
+        return norms.run(func, args, kwargs)
 
     def _new(self, call: Call) -> Moments:
         channels = call.weight.shape[call.in_dim]
@@ -317,7 +317,7 @@ def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SA
         return
     momenta = [layer.momentum for layer in layers]
     try:
-        with evaluating(model), torch.no_grad(), calibration.precision(model), QuickNorms():
+        with evaluating(model), torch.no_grad(), calibration.precision(model), norms.QuickNorms():
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average

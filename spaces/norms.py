@@ -26,8 +26,13 @@ class QuickNorms(TorchFunctionMode):
     """Runs BatchNorm by :func:`batch_norm`; the numbers are the same in evaluation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        norm = batch_norm_arguments(func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if norm is None else batch_norm(**norm)
+        return run(func, args, kwargs or {})
+
+
+def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """``func(*args, **kwargs)``, by :func:`batch_norm` if it is one: for modes that see every function already."""
+    norm = batch_norm_arguments(func, args, kwargs)
+    return func(*args, **kwargs) if norm is None else batch_norm(**norm)
 
 
 def batch_norm(**norm: Any) -> torch.Tensor:
@@ -71,7 +76,7 @@ def _statistics(rows: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch
     """Mean and (biased) variance of every channel, float32: those of the positions put together."""
     means = rows.new_zeros(rows.shape[1], dtype=torch.float32)
     variances = torch.ones_like(means)
-    torch.batch_norm_update_stats(rows, means, variances, momentum=1.0)  # type: ignore[attr-defined]
+    torch.batch_norm_update_stats(rows, means, variances, momentum=1.0)
     means, variances = means.view(positions, -1), variances.view(positions, -1) * (1 - 1 / len(rows))
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 

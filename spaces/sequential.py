@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import norms
 from .calibration import Calibration, as_rounded
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, matrix, sampled, tensor_like
 from .groups import Kept, Structure
 from .inputs import Inputs
 from .least_squares import ridge
-from .norms import batch_norm
 from .surgery import kept_elements, row_factors
 from .trace import evaluating
 
@@ -122,7 +122,7 @@ class _Follower(Watcher):
         return result
 
     def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        return func(*args, **kwargs)
+        return norms.run(func, args, kwargs)
 
     def passed(self, parameter: str, func: Any) -> None:
         """``func`` has followed the consumer."""
@@ -183,8 +183,7 @@ class _Recorder(_Follower):
         if table is not None and id(table) in self.names:
             self.targets.pop(self.names[id(table)], None)
             self.seen.add(self.names[id(table)])
-        norm = batch_norm_arguments(func, args, kwargs)
-        return func(*args, **kwargs) if norm is None else batch_norm(**norm)
+        return super().apply(func, args, kwargs)
 
     def passed(self, parameter: str, func: Any) -> None:
         if func is F.batch_norm and parameter in self.targets:
@@ -303,7 +302,7 @@ class _Refitter(_Follower):
 
     def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         norm = batch_norm_arguments(func, args, kwargs)
-        return func(*args, **kwargs) if norm is None else batch_norm(**norm | {"training": True, "momentum": 1.0})
+        return func(*args, **kwargs) if norm is None else norms.batch_norm(**norm | {"training": True, "momentum": 1.0})
 
     def summed(
         self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool

@@ -216,7 +216,7 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode  # only what trains needs it
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -140,10 +140,10 @@ def importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple
 
     Watanabe et al. 2023, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary Subspaces".
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # imports scikit-learn
-
     if len(trials) < LEAST_TRIALS or len({t.values[0] for t in trials}) < LEAST_TRIALS:
         return []
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # imports scikit-learn
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # it says that low targets are the good ones: they are, below
