@@ -68,7 +68,9 @@ def test_accuracy(task: Task, model: nn.Module) -> float:
         return 100 * task.test(model.eval())
 
 
-def discovered(task: Task, model: nn.Module, criterion: str = "auto", compensation: str = "auto") -> prunefront.Space:
+def discovered(
+    task: Task, model: nn.Module, criterion: str = "auto", compensation: str = "auto", round_to: int = 1
+) -> prunefront.Space:
     return prunefront.discover(
         model,
         task.example_inputs,
@@ -77,6 +79,7 @@ def discovered(task: Task, model: nn.Module, criterion: str = "auto", compensati
         autocast=task.autocast,
         criterion=criterion,
         compensation=compensation,
+        round_to=round_to,
     )
 
 
@@ -90,7 +93,7 @@ def fixed(task: Task, model: nn.Module, budget: float, name: str) -> Row:
         plan = global_l1(space, budget)
     candidate = space.apply(plan)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "macs": _share(space, plan), "accuracy": test_accuracy(task, candidate)}
+    return {"seconds": seconds, "macs": macs_share(space, plan), "accuracy": test_accuracy(task, candidate)}
 
 
 def global_l1(space: prunefront.Space, budget: float) -> prunefront.Plan:
@@ -153,7 +156,7 @@ def searched(
         if ready:
             plan = planned(space, max(ready, key=lambda t: t.values[0]))
             accuracy = test_accuracy(task, space.apply(plan))
-            row[str(cut)] = {"accuracy": accuracy, "macs": _share(space, plan), "trials": len(ready)}
+            row[str(cut)] = {"accuracy": accuracy, "macs": macs_share(space, plan), "trials": len(ready)}
     return row
 
 
@@ -182,7 +185,9 @@ def torch_pruning(task: Task, model: nn.Module, budget: float, seconds: float, s
     return row
 
 
-def pruned_by_torch_pruning(task: Task, model: nn.Module, trial: optuna.Trial) -> tuple[nn.Module, float, float]:
+def pruned_by_torch_pruning(
+    task: Task, model: nn.Module, trial: optuna.Trial, round_to: int | None = None
+) -> tuple[nn.Module, float, float]:
     """A copy of ``model`` that loses of every layer what ``trial`` suggests, its MACs, and its score."""
     import torch_pruning as tp
 
@@ -196,6 +201,7 @@ def pruned_by_torch_pruning(task: Task, model: nn.Module, trial: optuna.Trial) -
         pruning_ratio_dict={modules[name]: trial.suggest_float(name, 0.0, 0.9) for name in _layers(model)},
         ignored_layers=[m for m in modules.values() if isinstance(m, nn.Linear)][-1:],
         num_heads={m.qkv: m.num_heads for m in modules.values() if hasattr(m, "qkv")},
+        round_to=round_to,
     ).step()
     for attention in [m for m in candidate.modules() if hasattr(m, "qkv")]:
         attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
@@ -219,7 +225,7 @@ def _layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
-def _share(space: prunefront.Space, plan: prunefront.Plan) -> float:
+def macs_share(space: prunefront.Space, plan: prunefront.Plan) -> float:
     return space.cost(plan).macs / space.dense_cost.macs
 
 

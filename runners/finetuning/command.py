@@ -88,7 +88,7 @@ def _one(
     source = folder.parent.parent
     assert task.training is not None
     tracker = Guarded(instantiated(config.tracker, "tracker", ConfigError))
-    title = f"{source.name}/{folder.name}"
+    title = f"{source.name}{TUNED}{folder.name}"
     tracker.start_finetuning(plain(config), run_dir, title)
     found = None
     try:

@@ -23,6 +23,7 @@ from ...spaces.copying import copy_model
 from ...spaces.devices import device_of
 from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError
 from ...spaces.inputs import Inputs
+from ..counting import counted
 from . import randomness
 from .distillation import Loss, Objective
 from .domains import make_loading
@@ -198,7 +199,7 @@ def _some_batches(epochs: Training, seed: int) -> list[Any]:
 
 
 def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, Any]) -> dict[str, Any]:
-    costs = {} if {"params", "macs"} <= known.keys() else _costs(model, inputs)
+    costs = {} if {"params", "macs"} <= known.keys() else counted(model, inputs.to(device_of(model)))[1]
     before = {f"{key}_before": known[key] for key in ("score", "test") if key in known}
     found = {**costs, **{key: value for key, value in known.items() if key not in ("score", "test")}, **before}
     if loop.evaluations:
@@ -213,15 +214,6 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
         **({} if loop.data.loading is None else {"domains": loop.data.loading.state()}),
         "recipe": loop.recipe.to_json(),
     }
-
-
-def _costs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    from torch.utils.flop_counter import FlopCounterMode  # only what trains needs it
-
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        inputs.to(device_of(model)).call(model)
-    return {"macs": counter.get_total_flops() // 2, "params": sum(p.numel() for p in model.parameters())}
 
 
 def _finished(directory: Path, identity: Mapping[str, Any], model: nn.Module) -> Finetuned:

@@ -29,7 +29,8 @@ class Tracker(Protocol):
         """Once at the end; None when the search ended with an error."""
 
     def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
-        """Before a model of the search in ``run_dir`` is trained on. ``name``: of the model and the recipe."""
+        """Before a model of the search in ``run_dir`` is trained on. ``name``: of the model
+        and the recipe, as :func:`.runs.folder_of` takes it."""
 
     def step(self, progress: Progress) -> None:
         """At every point of the loss curve, and after evaluations."""

@@ -16,12 +16,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search import Result
-from ...search.files import FINETUNED, METRICS, PLAN, SPACE, WEIGHTS, read_json
+from ...search.files import METRICS, PLAN, SPACE, WEIGHTS, read_json
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.study import name_of
 from ..finetuning import Progress
-from ..runs import is_multirun
+from ..runs import DENSE, TUNED, folder_of, is_multirun
 from .figures import coordinates_figure, front_figure, front_of
 
 #: Of a search's time, what pictures and tables on the way may take.
@@ -64,9 +64,9 @@ class WandbTracker:
 
     def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
         self.run_dir, self.made = run_dir, name
-        tags = [_last(config.get("task")), name.rpartition("/")[2]]
+        tags = [_last(config.get("task")), name.partition(TUNED)[2]]
         title = f"{self.name or run_dir.name}/{name}"
-        self._open(config, run_dir, title, "finetune", f"{name.replace('/', '-')}-id", tags)
+        self._open(config, run_dir, title, "finetune", f"{name}-id", tags)
 
     def _open(
         self, config: dict[str, Any], run_dir: Path, name: str, kind: str, file: str, tags: Sequence[str | None]
@@ -106,11 +106,10 @@ class WandbTracker:
             for key, value in metrics.items():
                 if isinstance(value, int | float):
                     self.run.summary[f"final/{key}"] = value
-            name, _, recipe = self.made.partition("/")
-            folder = self.run_dir / ("dense" if name == "dense" else f"front/{name}")
-            made = folder / FINETUNED / recipe
+            name, _, recipe = self.made.partition(TUNED)
+            made = folder_of(self.run_dir, self.made)
             if (made / METRICS).exists():  # not where Python's API was asked to save it elsewhere
-                self._uses(f"{name}-{self.search_id}", folder)
+                self._uses(f"{name}-{self.search_id}", folder_of(self.run_dir, name))
                 self._makes(f"{name}-{recipe}-{self.search_id}", made, f"{name}-{self.search_id}")
         self.run.finish(exit_code=0 if metrics is not None else 1)
 
@@ -163,8 +162,8 @@ class WandbTracker:
             plans.add_file(str(entry.path / "plan.json"), name=f"{entry.name}/plan.json")
         self.run.log_artifact(plans)
         dense_name = f"dense-{self.search_id}"
-        if (self.run_dir / "dense").is_dir():
-            self._uses(dense_name, self.run_dir / "dense")
+        if (self.run_dir / DENSE).is_dir():
+            self._uses(dense_name, self.run_dir / DENSE)
         self._makes(f"{result.best.name}-{self.search_id}", result.best.path, dense_name, aliases=["picked"])
         for prefix, metrics in (("picked", result.best.metrics), ("dense", self.dense)):
             for key, value in metrics.items():

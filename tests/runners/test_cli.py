@@ -1,7 +1,6 @@
 """The command line as a user meets it."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -17,6 +16,7 @@ from prunefront.runners import commands, dense
 from prunefront.runners.cli import COMMANDS, main
 from prunefront.search.front import picked_by
 from prunefront.search.study import finished, read_study
+from tests.processes import environment
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def test_a_killed_run_continues_with_its_options(in_tmp, tiny):
     options = [argument for argument in tiny if not argument.startswith("n_trials")]
     command = [sys.executable, "-m", "prunefront", "search", *options, "n_trials=100000", "tracker=none", "run_dir=a"]
     journal = in_tmp / "a" / "study.journal"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment()) as process:
         while not (journal.exists() and journal.read_text().count('"state":1') > 5):
             with pytest.raises(subprocess.TimeoutExpired):  # it must still be running
                 process.wait(0.1)

@@ -1,7 +1,6 @@
 """``prunefront finetune`` as a user meets it."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from prunefront.runners.cli import main
 from prunefront.runners.finetuning.checkpoints import load_checkpoint
 from prunefront.search.files import resolve
 from prunefront.search.saved import save_model
+from tests.processes import environment
 
 QUICK = ["finetune.epochs=1", "tracker=none"]
 
@@ -95,9 +95,8 @@ def test_layers_of_the_dense_model_teach_those_of_one_shape_or_it_is_told(run, c
 def test_a_killed_command_goes_on(run):
     command = [sys.executable, "-m", "prunefront", "finetune", str(run), "finetune.epochs=30", "tracker=none"]
     command += ["finetune.checkpoint_min=0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     checkpoint = run / "front" / result(run)["picked"] / "finetuned" / "sgd.checkpoint.safetensors"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment()) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.exists() or load_checkpoint(checkpoint)[1]["step"] < 10:
             assert process.poll() is None and time.monotonic() < deadline

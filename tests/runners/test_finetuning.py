@@ -29,6 +29,7 @@ from prunefront.runners.finetuning.optimizers import make_optimizer
 from prunefront.runners.tasks.base import Epoch, cross_entropy
 from prunefront.search.scores import accuracy
 from prunefront.spaces.errors import ConfigError, FinetuneError, StorageError
+from tests.processes import environment
 
 Distill, Recipe = prunefront.Distill, prunefront.Recipe
 #: Nothing rounded, nothing that a plain loop does not have.
@@ -313,9 +314,8 @@ tune(net(), recipe, teacher=teacher, run_dir=sys.argv[2], callbacks=[lambda prog
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_killed_training_ends_as_one_that_was_not(tmp_path, name):
     killed = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     for least in (20, 75):  # killed twice, not at the end of an epoch
-        with subprocess.Popen([sys.executable, "-c", SCRIPT, name, str(killed)], env=environment) as process:
+        with subprocess.Popen([sys.executable, "-c", SCRIPT, name, str(killed)], env=environment()) as process:
             deadline = time.monotonic() + 120
             while not _saved_step(killed) >= least:
                 assert process.poll() is None and time.monotonic() < deadline

@@ -1,7 +1,6 @@
 """Trackers: what W&B gets, read back from its offline file, and that no failure ends a search."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -20,6 +19,7 @@ from prunefront.runners.cli import main
 from prunefront.runners.tasks.base import cross_entropy
 from prunefront.runners.tracking import Guarded, NoTracker, WandbTracker
 from prunefront.search.study import finished, read_study
+from tests.processes import environment
 from tests.wandb_server import wandb_server
 
 BLOCK, HEADER = 32768, 7
@@ -117,10 +117,8 @@ def test_a_fine_tuning_is_a_run_in_the_group_of_its_search(digits_run, tmp_path)
 
 def command_line(folder: Path, *arguments: str) -> None:
     """In a process of its own: W&B reads its settings once in a process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    environment.pop("WANDB_SERVICE", None)  # W&B's process beside this one
     command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -232,7 +230,7 @@ def test_no_tracker_ends_a_search(tmp_path, caplog, net, name, fails):
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_tracker_ends_a_fine_tuning(tmp_path, caplog, net, name, fails):
     tracker = Guarded(TRACKERS[name]())
-    tracker.start_finetuning({"seed": 0}, tmp_path, "trial0001/sgd")
+    tracker.start_finetuning({"seed": 0}, tmp_path, "trial0001+sgd")
     batches = [(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))]
     recipe = prunefront.Recipe(steps=3)
     options = {"training": batches, "loss": cross_entropy, "callbacks": (tracker.step,), "score": lambda model: 1.0}

@@ -1,7 +1,6 @@
 """A whole search on a small network: budget, repeats, failures, resuming, damage."""
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from prunefront.spaces.errors import (
     SearchError,
     StorageError,
 )
+from tests.processes import environment
 
 CALIBRATION = [torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
 INPUTS = CALIBRATION[0][:1]
@@ -367,8 +367,7 @@ except test_search.StorageError as error:
 
 def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
     script = FULL.format(tests=str(Path(__file__).parent), run_dir=str(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
     assert "make room and search again" in ended.stderr and "Traceback" not in ended.stderr
     scored = count_finished(tmp_path)
     again = run(tmp_path, n_trials=60).study.trials
@@ -417,8 +416,7 @@ test_search.run(test_search.Path({run_dir!r}), n_trials=100000, callbacks=[repor
 def test_nothing_finished_is_lost_when_the_process_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(liveness, "UNSIGNED_S", 0.0)  # where a slow disk has it killed between two records
     script = KILLED.format(tests=str(Path(__file__).parent), run_dir=str(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE) as process:
         for _ in range(10):
             assert process.stdout.readline()
         process.send_signal(signal.SIGKILL)
