@@ -17,7 +17,8 @@ import itertools
 import json
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from prunefront.search.budget import Limits
 from prunefront.search.problem import Problem
-from prunefront.search.samplers import make_sampler
+from prunefront.search.samplers import make_sampler, shares_for
 from prunefront.search.warm_start import Earlier
 from prunefront.spaces import Cost
 
@@ -60,7 +61,10 @@ class SyntheticSpace:
     def lost_outputs(self, criterion: str) -> list[None]:
         return [None] * len(self.sizes)
 
-    def cost_batch(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
+    def cost_batch(
+        self, widths: NDArray[np.integer], criterion: str | None = None, columns: Sequence[int] = ()
+    ) -> NDArray[np.float64]:
+        """All columns are the same, and are computed at once."""
         shares = widths / self.sizes
         macs = (self._unit * widths * (0.5 + 0.5 * shares[:, self._neighbour])).sum(1)
         return np.column_stack([macs, macs, macs, macs])
@@ -144,8 +148,10 @@ def posed(losses: str, budget: float, groups: int, seed: int) -> tuple[Synthetic
 def run(sampler: str, losses: str, budget: float, groups: int, seed: int, trials: int) -> Outcome:
     space, problem, top = posed(losses, budget, groups, seed)
     rng = np.random.default_rng(seed)
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, problem, trials, seed, Earlier()))
-    study.enqueue_trial(dict.fromkeys(space.dimensions, float(np.sqrt(0.1))))
+    study = optuna.create_study(direction="maximize")
+    problem = replace(problem, shares=shares_for(sampler, study))
+    study.sampler = make_sampler(sampler, problem, trials, seed, Earlier())
+    study.enqueue_trial(problem.starts()[0])
     values, started = [], time.perf_counter()
     for _ in range(trials):
         trial = study.ask(problem.distributions)

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from .problem import COST_SHARE, SHARES, Problem
+from .problem import COST_SHARE, Problem
 from .projection import Projector
 from .sampler import Scored
 
@@ -112,7 +112,7 @@ class AllocationSampler(BaseSampler):
         place = places.get(trial.number, 0)
         cost_share = self._cost_share(place) if self.problem.for_front else None
         shares = self._shares(place, done, cost_share)
-        shares = np.clip(shares / shares.max(), *SHARES)
+        shares = np.clip(shares / shares.max(), *self.problem.shares)
         parameters: dict[str, Any] = dict(zip(self.problem.space.dimensions, shares.tolist(), strict=True))
         return parameters if cost_share is None else {**parameters, COST_SHARE: cost_share}
 
@@ -127,16 +127,19 @@ class AllocationSampler(BaseSampler):
         Other plans that were given have no place; along a front none has, since their costs are others.
         """
         own = [t.number for t in trials if GIVEN not in t.system_attrs]
-        is_centre_given = not self.problem.for_front and GIVEN in trials[0].system_attrs
-        places = {number: place for place, number in enumerate(own, int(is_centre_given))}
-        return {trials[0].number: 0} | places if is_centre_given else places
+        given = [] if self.problem.for_front or GIVEN not in trials[0].system_attrs else [trials[0]]
+        # One whose process was killed has been given again.
+        given += [t for t in trials[1:] if given and GIVEN in t.system_attrs and t.values is not None]
+        centre = next((t for t in given if t.values is not None), given[0] if given else None)
+        places = {number: place for place, number in enumerate(own, len(given[:1]))}
+        return places if centre is None else {centre.number: 0} | places
 
     def _cost_share(self, place: int) -> float:
         return self._middle if place < self._round else self.problem.spread_cost_share(self.seed + place)
 
     def _shares(self, place: int, done: Mapping[int, FrozenTrial], cost_share: float | None) -> Array:
         first = 0 if cost_share is not None else (place - 1) // self._round * self._round
-        before = [other for other in done if other <= first]
+        before = [other for other in done if other <= first] or [*done]
         if not before:
             return np.ones(len(self.problem.space.dimensions))
         centre = max(before, key=lambda other: done[other].values[0])

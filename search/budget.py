@@ -36,6 +36,11 @@ class Limits:
 
     values: tuple[float, ...]
 
+    @property
+    def analytic(self) -> tuple[int, ...]:
+        """Columns of the limited costs that are computed and not measured."""
+        return tuple(column for column, limit in enumerate(self.values[:LATENCY_COLUMN]) if math.isfinite(limit))
+
     def excess(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Largest share by which each row of ``costs`` (plans, 4 or 5) is above its limits; feasible when <= 0."""
         limits = np.array(self.values[: costs.shape[1]])

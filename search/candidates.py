@@ -59,8 +59,11 @@ class Candidates:
             return self.tuning(candidate, report)
 
     def race(self, model: nn.Module, guide: SampleScore, rival: NDArray[np.float64] | None) -> Raced:
+        """Raises ValueError where the score is not finite."""
         with self.timer.part("score"), precision(model, self.autocast):
-            return race(model, guide, rival)
+            raced = race(model, guide, rival)
+        checked_score(raced.score, "score")
+        return raced
 
     def score(self, model: nn.Module, function: Score, name: str) -> float:
         """Raises TypeError or ValueError unless ``function`` returns a finite number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import inspect
 import itertools
@@ -11,7 +12,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from .loop import Callback, Loop
 from .problem import LATENCY_MS, Problem, objective_of
 from .progress import SearchProgress
 from .result import Judge, Judging, Result, Verification, collect, known_dense
-from .samplers import make_sampler
+from .samplers import make_sampler, shares_for
 from .study import (
     DESCRIBED,
     Store,
@@ -61,6 +62,18 @@ from .warm_start import read_earlier
 logger = logging.getLogger(__name__)
 
 MODES = ("budget", "front")
+#: Of a file system that takes no more.
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+    errno.ENOENT,
+    errno.ESTALE,
+)
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
 
@@ -161,7 +174,7 @@ def search(
                 before_judging()
             return prepared.collected(test, finalists, judging or (bar.judging if bar else None), dense)
     except OSError as error:
-        raise _no_room(prepared.store.run_dir, error) from error
+        raise _explained(prepared.store.run_dir, error) from error
 
 
 def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
@@ -178,7 +191,14 @@ def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
     try:
         prepared.loop.trials(given["n_trials"], given["timeout_s"], given["patience"], given["callbacks"])
     except OSError as error:
-        raise _no_room(prepared.store.run_dir, error) from error
+        raise _explained(prepared.store.run_dir, error) from error
+
+
+def _explained(run_dir: Path, error: OSError) -> Exception:
+    """What says that the run cannot be written; the same error where it is about something else, such as the user's
+    data."""
+    is_ours = error.filename is None or Path(os.fsdecode(error.filename)).resolve().is_relative_to(run_dir.resolve())
+    return _no_room(run_dir, error) if error.errno in _DISK_ERRORS and is_ours else error
 
 
 def _no_room(run_dir: Path, error: OSError) -> StorageError:
@@ -261,7 +281,7 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
     if timing is not None:
         timing.check(model, inputs)
     space = _space_of(given)
-    limits, lowest, latency = _limits_of(given, space, inputs)
+    limits, lowest, latency = _limits_of(given, space, inputs, joins)
     if not space.repairs_nothing_by_choice:
         check_calibration(model, space.calibration)
     guided = guidance(space, given["score"], given["guide"], given["autocast"])
@@ -279,9 +299,12 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
             described = check_owner(run_dir, space, header)
             study = open_study(store, [guided.name, problem.objective][: 1 + problem.for_front])
             check_described(study.user_attrs.get(DESCRIBED, described), space, header, f"the storage {store.kind}")
+        problem = replace(problem, shares=shares_for(given["sampler"], study))
         # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
-        fresh = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
-        study.sampler = make_sampler(given["sampler"], problem, given["n_trials"], given["seed"] + fresh, earlier)
+        drawn = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)
+        study.sampler = make_sampler(
+            given["sampler"], problem, given["n_trials"], given["seed"] + drawn, earlier, is_fresh=not drawn
+        )
         loop = Loop(problem, candidates, study, guided, earlier, joins)
         if not joins:
             loop.enqueue_starts()
@@ -323,16 +346,21 @@ def _space_of(given: Mapping[str, Any]) -> Space:
 
 
 def _limits_of(
-    given: Mapping[str, Any], space: Space, inputs: Inputs
+    given: Mapping[str, Any], space: Space, inputs: Inputs, joins: bool
 ) -> tuple[Limits, Limits | None, LatencyModel | None]:
     """The limits, the lower end of a front that is asked for, and the latency model, which is measured where it is
     needed and not given."""
     budget, lowest, latency, timing = given["budget"] or {}, given["lowest"], given["latency"], given["timing"]
     may_be_empty = given["mode"] == "front"
     parse_budget(budget, space.dense_cost, may_be_empty)  # a typing error is told before anything is measured
+    if LATENCY in budget and timing is None:
+        raise ConfigError("a latency budget needs timing=, the target on which the models of the front are measured")
     if LATENCY in budget and latency is None:
-        if timing is None:
-            raise ConfigError("a latency budget needs timing=, the target to measure on")
+        if joins and timing.cache is None:
+            raise ConfigError(
+                "to join a search within a latency budget, pass latency=, the model that the search made, or timing= "
+                "with the cache of the search: plans are projected onto what is predicted"
+            )
         latency = timing.model(space, inputs, budget=None if may_be_empty else budget)
     dense_ms = None if latency is None else latency.dense_ms
     limits = parse_budget(budget, space.dense_cost, may_be_empty, dense_ms)

@@ -66,7 +66,8 @@ def fit_latency(
     known: Measurements | None = None,
     keep: Callable[[Measurements], None] | None = None,
 ) -> LatencyModel:
-    """Measure plans until the cross-validated error is at most ``error``, or ``most`` plans or ``limit_s`` are used up.
+    """Measure plans until the error is at most ``error``, in cross-validation and of the last plans as they were
+    predicted before they were measured, or ``most`` plans or ``limit_s`` are used up.
 
     With a ``budget`` two rounds of three are of plans near it, which must be predicted as well; one such round is
     measured beyond ``most``, since ``known`` plans may all be far from it. ``slower``: see
@@ -110,21 +111,23 @@ def fit_latency(
         model, limits = _fitted(space, held, budget)
     if not _is_good(model, limits, error):
         told = f"the latency model errs by {described_error(model)} after {len(held.measured)} measured plans"
-        if max(model.error, model.error_near or 0.0) <= error:  # too few were measured near the budget to tell
-            logger.warning("%s, and how far off it is near the budget is not known; raise latency.most", told)
+        if max(model.error, model.error_ahead or 0.0, model.error_near or 0.0) <= error:  # too few to tell
+            where = "on new plans" if limits is None else "near the budget"
+            logger.warning("%s, and how far off it is %s is not known; raise latency.most", told, where)
         else:
             logger.warning("%s, more than the wanted %.1f %%", told, 100 * error)
     return model
 
 
 def described_error(model: LatencyModel) -> str:
-    near = "" if model.error_near is None else f" ({100 * model.error_near:.1f} % near the budget)"
-    return f"{100 * model.error:.1f} %{near}"
+    parts = {"of new plans": model.error_ahead, "near the budget": model.error_near}
+    told = ", ".join(f"{100 * error:.1f} % {where}" for where, error in parts.items() if error is not None)
+    return f"{100 * model.error:.1f} %" + (f" ({told})" if told else "")
 
 
 def _is_good(model: LatencyModel, limits: Limits | None, error: float) -> bool:
-    near = model.error if limits is None else model.error_near
-    return near is not None and max(near, model.error) <= error
+    ahead = model.error_ahead if limits is None else model.error_near
+    return ahead is not None and max(ahead, model.error) <= error
 
 
 def _fitted(space: Space, held: Measurements, budget: Mapping[str, Any] | None) -> tuple[LatencyModel, Limits | None]:

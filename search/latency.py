@@ -114,8 +114,9 @@ def _widths(widths: Sequence[Any], dimensions: int) -> tuple[int, ...]:
 class LatencyModel:
     """Predicts relative latency, ``(plans, dimensions)`` widths to ``(plans,)`` ratios to the dense model.
 
-    ``error``: mean absolute percentage error in cross-validation; ``tau``: Kendall's rank correlation there;
-    ``error_near``: that of the last plans near ``limits`` when they were predicted, None without such plans.
+    ``error``: mean absolute percentage error in cross-validation, by which the features were chosen too; ``tau``:
+    Kendall's rank correlation there; ``error_ahead``: that of the last plans, as they were predicted before they were
+    measured, and ``error_near`` of those near ``limits``; None with too few of them.
     """
 
     def __init__(self, space: Space, known: Measurements, limits: Limits | None = None) -> None:
@@ -137,26 +138,31 @@ class LatencyModel:
         self.steps, smooth, ridge = best
         self.error, self.tau = tried, _tau(held_out, y)
         self._fit = _fit(self._features(widths, self.steps), y, smooth, ridge)
-        self.error_near = None if limits is None else self._error_near(limits)
+        self.error_ahead = self._error_ahead(None)
+        self.error_near = None if limits is None else self._error_ahead(limits)
 
     def ratios(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
         return self._fit(self._features(widths, self.steps, criterion))
 
-    def _error_near(self, limits: Limits) -> float | None:
+    def _error_ahead(self, limits: Limits | None) -> float | None:
         """Projection picks what is predicted too fast, so only what was predicted before it was measured counts."""
         told = [plan for plan in self.measured if plan.predicted is not None]
         if not told:
             return None
         widths = np.array([plan.widths for plan in told])
         predicted, ratios = (np.array([getattr(plan, name) for plan in told]) for name in ("predicted", "ratio"))
-        near = np.abs(limits.excess(np.column_stack([self.space.cost_batch(widths), predicted]))) <= NEAR
-        errors = np.abs(predicted / ratios - 1)[near][-LAST:]
+        errors = np.abs(predicted / ratios - 1)
+        if limits is not None:
+            costs = np.column_stack([self.space.cost_batch(widths), predicted])
+            errors = errors[np.abs(limits.excess(costs)) <= NEAR]
+        errors = errors[-LAST:]
         return float(errors.mean()) if len(errors) >= LEAST else None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "dense_ms": self.dense_ms,
             "error": self.error,
+            "error_ahead": self.error_ahead,
             "error_near": self.error_near,
             "tau": self.tau,
             **self.known.to_json(),

@@ -12,8 +12,9 @@ from optuna.trial import FrozenTrial
 
 #: The attribute of a trial that says who runs it.
 WORKER = "worker"
-#: Of a process on another host nothing is known: its trial is given up after so long.
-OTHER_HOST_S = 3600.0
+#: Of a process on another host nothing is known: its trial is given up after so long, or so many times the longest
+#: that others took.
+OTHER_HOST_S, OTHER_HOST_TIMES = 3600.0, 5
 #: A trial without the attribute: its process was killed between asking and writing it.
 UNSIGNED_S = 60.0
 
@@ -23,15 +24,15 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()) or 0.0}
 
 
-def is_stale(trial: FrozenTrial) -> bool:
-    """Whether nobody runs a trial that is said to be running."""
+def is_stale(trial: FrozenTrial, longest_s: float = 0.0) -> bool:
+    """Whether nobody runs a trial that is said to be running. ``longest_s``: what trials of the study have taken."""
     start = trial.datetime_start
     age_s = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
     signed = trial.user_attrs.get(WORKER)
     if not isinstance(signed, Mapping):
         return age_s > UNSIGNED_S
     if signed.get("host") != socket.gethostname():
-        return age_s > OTHER_HOST_S
+        return age_s > max(OTHER_HOST_S, OTHER_HOST_TIMES * longest_s)
     return not is_alive(signed)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
 
@@ -20,10 +21,10 @@ from .candidates import Candidates
 from .front import non_dominated
 from .guidance import Guidance
 from .liveness import WORKER, this_process
-from .problem import CRITERION, SHARES, Problem
+from .problem import CRITERION, Problem
 from .racing import Raced
 from .scores import SampleScore
-from .study import PARTLY, STOPPED, ended, finished, name_of, release_stale
+from .study import DESCRIBED, PARTLY, STOPPED, ended, finished, first_by_plan, name_of, release_stale
 from .tuning import GivenUp, Watch
 from .warm_start import Earlier
 
@@ -54,7 +55,7 @@ class Loop:
         self.process = this_process()
         #: Trials that callbacks know.
         self.told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
-        #: Costs and values by sample of what this process has scored on all samples.
+        #: Costs and values by sample of the best that this process has scored on all samples, see :meth:`keep`.
         self.samples: list[tuple[float, Raced]] = []
         self.reason = ""
 
@@ -64,11 +65,11 @@ class Loop:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         failures = 0
         try:
-            while time.monotonic() < deadline and self.has_room(n_trials):
+            while time.monotonic() < deadline and self.has_room(n_trials, deadline):
                 trial = self.one()
                 failures = 0 if trial.state == TrialState.COMPLETE else failures + 1
                 self.tell(callbacks)
-                if failures >= MAX_FAILURES and not self.known():
+                if failures >= MAX_FAILURES and not finished(self.study):
                     raise SearchError(f"the first {failures} trials all failed; the last one with {self.reason}")
                 if patience is not None and self.is_stuck(patience):
                     logger.info("no better plan for %d trials: the search ends", patience)
@@ -87,8 +88,9 @@ class Loop:
                 for callback in callbacks:
                     callback(self.study, trial)
 
-    def has_room(self, n_trials: int) -> bool:
-        """Whether one more trial is wanted. Waits for those that other processes are running, which may yet fail."""
+    def has_room(self, n_trials: int, deadline: float = math.inf) -> bool:
+        """Whether one more trial is wanted. Waits until ``deadline`` for those that other processes are running, which
+        may yet fail."""
         while True:
             release_stale(self.study, self.process)
             trials = self.study.get_trials(deepcopy=False)
@@ -96,21 +98,19 @@ class Loop:
             running = sum(t.state == TrialState.RUNNING for t in trials)
             if done >= n_trials or done + running < n_trials:
                 return done < n_trials
-            if self.joins:
+            if self.joins or time.monotonic() > deadline:
                 return False
             time.sleep(WAIT_S)
 
-    def known(self) -> dict[str, float]:
-        """Values by fingerprint of all plans that any process has scored."""
-        return {t.user_attrs["plan"]["fingerprint"]: t.values[0] for t in finished(self.study)}
-
     def enqueue_starts(self) -> None:
-        """In a new study: equal shares, then the best proportions of earlier runs."""
-        if self.study.get_trials(deepcopy=False):
+        """In a new study: equal shares, then the best proportions of earlier runs. What a session that was killed
+        meanwhile has put there is there already."""
+        if DESCRIBED in self.study.user_attrs:
             return
         names = self.problem.space.dimensions
-        known = [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(SHARES)]
-        for row in [*self.problem.starts(), *known]:
+        known = [dict(zip(names, shares, strict=True)) for shares in self.earlier.starts(self.problem.shares)]
+        waiting = len(self.study.get_trials(deepcopy=False))
+        for row in [*self.problem.starts(), *known][waiting:]:
             self.study.enqueue_trial(row)
 
     def is_stuck(self, patience: int) -> bool:
@@ -129,6 +129,8 @@ class Loop:
                 suggest(trial, name, distribution)
         try:
             values = self.evaluate(trial)
+        except UpdateFinishedTrialError:
+            return self.given_up(trial)
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             trial.set_user_attr("error", self.reason)
@@ -138,7 +140,20 @@ class Loop:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
         with self.timer.part("tell"):
-            return self.study.tell(trial, values)
+            try:
+                return self.study.tell(trial, values)
+            except (ValueError, UpdateFinishedTrialError):
+                if self.stored(trial).state == TrialState.RUNNING:
+                    raise
+                return self.given_up(trial)
+
+    def stored(self, trial: optuna.Trial) -> optuna.trial.FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
+
+    def given_up(self, trial: optuna.Trial) -> optuna.trial.FrozenTrial:
+        """A trial that another process has taken for dead: what it tried waits to be tried again."""
+        logger.warning("%s took so long that another process has given it up", name_of(trial.number))
+        return self.stored(trial)
 
     def evaluate(self, trial: optuna.Trial) -> list[float]:
         with self.timer.part("project"):
@@ -152,9 +167,14 @@ class Loop:
             for key, excess in excesses.items():
                 trial.set_constraint(key, excess)
         cost = costs[self.problem.objective]
-        value = self.known().get(plan.fingerprint)
-        if value is None:
+        same = first_by_plan(finished(self.study)).get(plan.fingerprint)
+        if same is None:
             value = self.value(trial, plan, cost)
+        else:
+            value = same.values[0]
+            for key in (PARTLY, STOPPED):
+                if key in same.user_attrs:
+                    trial.set_user_attr(key, same.user_attrs[key])
         return [value, cost] if self.problem.for_front else [value]
 
     def value(self, trial: optuna.Trial, plan: Plan, cost: float) -> float:
@@ -176,14 +196,20 @@ class Loop:
             return self.candidates.score(candidate, self.guided.guide, "score")
         raced = self.candidates.race(candidate, self.guided.guide, self.rival(cost))
         if raced.is_complete:
-            self.samples.append((cost, raced))
+            self.keep(cost, raced)
         else:
             trial.set_user_attr(PARTLY, len(raced.values))
         return raced.score
 
+    def keep(self, cost: float, raced: Raced) -> None:
+        """For :meth:`rival`, those that may be one: no other is better and costs no more."""
+        every = [*self.samples, (cost if self.problem.for_front else 0.0, raced)]
+        front = non_dominated([raced.score for _, raced in every], [own for own, _ in every])
+        self.samples = [every[place] for place in front]
+
     def rival(self, cost: float) -> NDArray[np.float64] | None:
         """The values by sample of the best candidate so far; along a front, of those that cost no more."""
-        eligible = [raced for own, raced in self.samples if own <= cost or not self.problem.for_front]
+        eligible = [raced for own, raced in self.samples if own <= cost]
         return max(eligible, key=lambda raced: raced.score).values if eligible else None
 
 

@@ -17,8 +17,9 @@ from .coordinates import Coordinates
 from .latency import LatencyModel
 from .projection import Projector, named_widths
 
-#: Proposals are relative keep shares in this range; only their proportions matter, since they are projected.
-SHARES = (0.1, 1.0)
+#: Proposals are relative keep shares in a range; only their proportions matter, since they are projected. Samplers that
+#: know nothing of widths draw from the first one; those that choose widths need one in which every plan has a place.
+SHARES, ALL_SHARES = (0.1, 1.0), (1e-4, 1.0)
 #: In front mode, the name of the dimension that says which share of the dense cost to aim at, and its usual lower end.
 COST_SHARE, SMALLEST_SHARE = "cost_share", 0.05
 #: Plans of equal shares that a search of the front starts with.
@@ -38,6 +39,7 @@ class Problem:
 
     ``for_front``: the share of the dense ``objective`` (one of :data:`COLUMNS`) to aim at, ``lowest`` or
     :data:`SMALLEST_SHARE` at least, is one more parameter, and so is the criterion where the space has several.
+    ``shares``: the range of the parameters.
     """
 
     space: Space
@@ -46,11 +48,12 @@ class Problem:
     for_front: bool = False
     latency: LatencyModel | None = None
     lowest: Limits | None = None
+    shares: tuple[float, float] = SHARES
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         found: dict[str, BaseDistribution] = {
-            name: FloatDistribution(*SHARES, log=True) for name in self.space.dimensions
+            name: FloatDistribution(*self.shares, log=True) for name in self.space.dimensions
         }
         if self.for_front:
             low, high = self.cost_shares
@@ -104,7 +107,7 @@ class Problem:
 
     def starts(self) -> list[dict[str, float]]:
         """Parameters of plans that no search shall be behind: equal shares; along a front, at costs from end to end."""
-        equal = dict.fromkeys(self.space.dimensions, math.sqrt(SHARES[0] * SHARES[1]))
+        equal = dict.fromkeys(self.space.dimensions, math.sqrt(math.prod(self.shares)))
         if not self.for_front:
             return [equal]
         return [{**equal, COST_SHARE: self._cost_share(float(place))} for place in np.linspace(1, 0, EQUAL_ON_FRONT)]

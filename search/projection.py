@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces import Plan, Space
-from ..spaces.errors import PlanError
-from .budget import Limits, check_reachable, parse_budget
+from ..spaces.errors import BudgetError, PlanError
+from .budget import LATENCY, Limits, check_reachable, parse_budget
 from .latency import LatencyModel
 
 #: Halvings of the range of scales, which is a factor of a thousand: it is known to one part in 40,000 afterwards.
@@ -34,6 +34,8 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
     shares = np.array([float(ratios.get(name, 1.0)) for name in names])
     if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise PlanError("ratios must be positive finite numbers")
+    if LATENCY in budget:
+        raise BudgetError("latency is measured, and not computed: search(budget={'latency': ...}, timing=...) holds it")
     limits = parse_budget(budget, space.dense_cost)
     check_reachable(space, budget)
     return space.plan(named_widths(space, Projector(space, limits).fill(shares)))
@@ -56,7 +58,7 @@ class Projector:
 
         ``criterion`` decides which blocks stay.
         """
-        costs = self.space.cost_batch(widths, criterion)
+        costs = self.space.cost_batch(widths, criterion, self.limits.analytic)
         if self.latency is not None:
             costs = np.column_stack([costs, self.latency.ratios(widths, criterion)])
         return self.limits.excess(costs)

@@ -31,7 +31,7 @@ from .guidance import Guidance
 from .problem import LATENCY_MS
 from .protocol import conditions
 from .saved import load_with, read_saved, save_model
-from .study import ended, finished, is_estimate, name_of
+from .study import ended, finished, first_by_plan, is_estimate, name_of
 from .timing import Timing
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class Entry:
     build: Callable[[], nn.Module] = field(repr=False, compare=False)
     #: Whether the plan is that of the trial: on another device near-ties among units may fall differently.
     is_of_trial: bool = field(default=True, repr=False)
+    #: Whether an earlier session of the same run has judged and saved it.
+    is_saved: bool = field(default=False, repr=False)
 
     def model(self) -> nn.Module:
         """Build the pruned model, thoroughly repaired."""
@@ -119,10 +121,10 @@ class Verification:
     limit: float
     inputs: Inputs
 
-    def measured(self, candidates: Candidates, candidate: nn.Module) -> dict[str, Any]:
-        """Metrics of latency of one model; none where the target fails on it."""
+    def measured(self, candidates: Candidates, plan: Plan) -> dict[str, Any]:
+        """Metrics of latency of one plan, which need no repair; none where the target fails on it."""
         with candidates.timer.part("measure"):
-            found = self.timing.verify(candidates.space.model, candidate, self.inputs)
+            found = self.timing.verify(candidates.space.model, candidates.space.build(plan).eval(), self.inputs)
         if found is None:
             return {}
         return {
@@ -151,25 +153,29 @@ class Judge:
     verification: Verification | None = None
 
     def final(self, entry: Entry) -> Entry | None:
-        """Measured, scored and saved; None for one that misses the budget of latency, or whose score fails."""
-        verification = self.verification
-        if _saved_metrics(entry.path, entry.plan) is not None:
-            return entry if verification is None or verification.holds(entry.metrics) else None
-        candidate, metrics = entry.model(), dict(entry.metrics)
-        if verification is not None:
+        """Measured, scored and saved; None for one that misses the budget of latency, or cannot be built or scored."""
+        verification, metrics = self.verification, dict(entry.metrics)
+        if verification is not None and not entry.is_saved:
             predicted = {PREDICTED_MS: metrics[LATENCY_MS]} if LATENCY_MS in metrics else {}
-            metrics |= predicted | verification.measured(self.candidates, candidate)
-            if not verification.holds(metrics):
-                return None
+            metrics |= predicted | verification.measured(self.candidates, entry.plan)
+        if verification is not None and not verification.holds(metrics):
+            return None
+        if entry.is_saved:
+            return self._kept(entry)
         is_as_before = self.candidates.tuning is None and not self.candidates.space.repairs_in_two_efforts
-        if self.guided.is_score and is_as_before and entry.is_of_trial:
-            return self._saved(replace(entry, metrics={**metrics, "score": metrics["guide"]}), candidate)
         try:
-            metrics["score"] = self.candidates.score(candidate, self.guided.score, "score")
-        except Exception as error:
+            candidate = entry.model()
+            if self.guided.is_score and is_as_before and entry.is_of_trial:
+                metrics["score"] = metrics["guide"]
+            else:
+                metrics["score"] = self.candidates.score(candidate, self.guided.score, "score")
+        except Exception as error:  # one that fails must not cost the user the others
             logger.warning("%s has no score: %s: %s", entry.name, type(error).__name__, error)
             return None
-        return self._saved(replace(entry, metrics=metrics), candidate)
+        entry = replace(entry, metrics=metrics)
+        with self.candidates.timer.part("save"):
+            save_model(entry.path, candidate, entry.plan, metrics, self.inputs)
+        return self._kept(entry)
 
     def tested(self, entry: Entry) -> Entry:
         """With its test score. A failing test function must not cost the user the models that were found."""
@@ -181,7 +187,9 @@ class Judge:
         except Exception as error:
             logger.warning("no test score: %s: %s", type(error).__name__, error)
             return entry
-        return self._saved(replace(entry, metrics=metrics), candidate)
+        with self.candidates.timer.part("save"):
+            write_json(entry.path / METRICS, metrics)
+        return replace(entry, metrics=metrics)
 
     def dense(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """Metrics of the dense model; ``known``: those that need not be scored again."""
@@ -197,10 +205,9 @@ class Judge:
                 logger.warning("%s", error)
         return metrics
 
-    def _saved(self, entry: Entry, candidate: nn.Module) -> Entry:
-        with self.candidates.timer.part("save"):
-            save_model(entry.path, candidate, entry.plan, entry.metrics, self.inputs)
-        return replace(entry, build=lambda: _read(entry, self.candidates.space.model))
+    def _kept(self, entry: Entry) -> Entry:
+        """As it was saved and scored: a repair, or a training, would make another model of the same plan."""
+        return replace(entry, build=lambda: _read(entry, self.candidates.space.model), is_saved=True)
 
 
 def collect(
@@ -223,7 +230,7 @@ def collect(
         SearchError: no trial was finished, or none holds the latency budget.
     """
     candidates = judge.candidates
-    trials = list({t.user_attrs["plan"]["fingerprint"]: t for t in reversed(finished(study))}.values())
+    trials = list(first_by_plan(finished(study)).values())
     if not trials:
         raise SearchError(f"no trial was finished in {run_dir}; {reason or 'allow more time'}")
     layers = _layers([t for t in trials if not is_estimate(t)], len(study.directions) > 1)
@@ -384,9 +391,16 @@ def _entry(run_dir: Path, trial: FrozenTrial, candidates: Candidates) -> Entry:
     """As the trial, or an earlier session of the same run, has measured it."""
     plan = planned(candidates.space, trial)
     path = run_dir / "front" / name_of(trial.number)
-    metrics = _saved_metrics(path, plan) or {"guide": trial.values[0], **trial.user_attrs["costs"]}
-    is_of_trial = plan.fingerprint == trial.user_attrs["plan"]["fingerprint"]
-    return Entry(path.name, plan, metrics, path, lambda: candidates.prepare(plan, "thorough"), is_of_trial)
+    saved = _saved_metrics(path, plan)
+    return Entry(
+        path.name,
+        plan,
+        saved or {"guide": trial.values[0], **trial.user_attrs["costs"]},
+        path,
+        lambda: candidates.prepare(plan, "thorough"),
+        is_of_trial=plan.fingerprint == trial.user_attrs["plan"]["fingerprint"],
+        is_saved=saved is not None,
+    )
 
 
 def _read(entry: Entry, dense: nn.Module) -> nn.Module:

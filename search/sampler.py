@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
-from .problem import COST_SHARE, CRITERION, SHARES, Problem
+from .problem import COST_SHARE, CRITERION, Problem
 from .projection import Projector
 from .surrogate import Surrogate
 
@@ -116,7 +116,7 @@ class SurrogateSampler(BaseSampler):
         else:
             widths, criterion = self._best(projector, scored, taken, rng)
         shares = widths / self.problem.space.sizes
-        shares = np.clip(shares / shares.max(), *SHARES)
+        shares = np.clip(shares / shares.max(), *self.problem.shares)
         parameters: dict[str, Any] = dict(zip(self.problem.space.dimensions, shares.tolist(), strict=True))
         if cost_share is not None:
             parameters[COST_SHARE] = cost_share

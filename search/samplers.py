@@ -6,28 +6,35 @@ from collections.abc import Callable
 from functools import partial
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler
 
 from ..spaces.errors import ConfigError
 from .allocation import AllocationSampler
-from .problem import Problem
+from .problem import ALL_SHARES, COST_SHARE, CRITERION, SHARES, Problem
 from .sampler import SurrogateSampler
 from .warm_start import Earlier
 
 SAMPLERS = ("auto", "surrogate", "allocation", "gp", "cmaes", "tpe", "nsga2", "random")
+#: Of these, ours: they choose widths, and the others shares.
+OURS = ("auto", "surrogate", "allocation")
 #: Of these one objective is all that they can take.
 SINGLE = ("cmaes",)
 
 
 def make_sampler(
-    sampler: str | BaseSampler, problem: Problem, n_trials: int, seed: int, earlier: Earlier
+    sampler: str | BaseSampler, problem: Problem, n_trials: int, seed: int, earlier: Earlier, is_fresh: bool = True
 ) -> BaseSampler:
     """The sampler behind a name: ``surrogate`` (also ``auto``) and ``allocation`` are ours, the others Optuna's.
+
+    ``is_fresh``: whether no other process has drawn numbers for this study, which an object that is given would repeat.
 
     Raises:
         ConfigError: unknown name, or a sampler that cannot serve the mode.
     """
     if isinstance(sampler, BaseSampler):
+        if not is_fresh:
+            sampler.reseed_rng()
         return sampler
     check_sampler(sampler, problem.for_front)
     surrogate = partial(SurrogateSampler, problem, seed, earlier.scored)
@@ -43,6 +50,16 @@ def make_sampler(
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
     return makers[sampler]()
+
+
+def shares_for(sampler: str | BaseSampler, study: optuna.Study) -> tuple[float, float]:
+    """The range of shares in which ``sampler`` searches; of a study that has trials, theirs, since Optuna's samplers
+    leave out parameters whose ranges change."""
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            if name not in (COST_SHARE, CRITERION) and isinstance(distribution, FloatDistribution):
+                return distribution.low, distribution.high
+    return ALL_SHARES if sampler in OURS else SHARES
 
 
 def check_sampler(name: str, for_front: bool) -> None:

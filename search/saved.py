@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,8 @@ from .files import FORMAT, METRICS, PLAN, WEIGHTS, digest, read_plan, resolve, w
 def save_model(
     directory: Path, model: nn.Module, plan: Plan | None, metrics: Mapping[str, Any], example_inputs: Any
 ) -> None:
-    """Write ``model`` to ``directory``, all of it or nothing; files of before are replaced, folders in it stay.
+    """Write ``model`` to ``directory``, all of it or nothing. Files of before are replaced one by one, so that a kill
+    leaves what :func:`load` refuses and the next session writes again; folders in it stay where they are.
 
     The model is rebuilt from its description and run on ``example_inputs``: if that does not give the same output, the
     reason is written down and :func:`load` asks for a dense model.
@@ -47,7 +49,7 @@ def save_model(
         "needs_dense_model": _why_not_alone(model, structure, tensors, inputs),
         "structure": structure,
     }
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -57,10 +59,12 @@ def save_model(
         content["sha256"] = digest(content)
         write_json(temporary / PLAN, content)
         write_json(temporary / METRICS, dict(metrics))
-        for folder in [path for path in directory.glob("*") if path.is_dir()]:
-            folder.replace(temporary / folder.name)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.replace(directory)
+        if directory.exists():
+            for file in (WEIGHTS, PLAN, METRICS):
+                (temporary / file).replace(directory / file)
+            temporary.rmdir()
+        else:
+            temporary.replace(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"cannot write {directory}: {error}") from error

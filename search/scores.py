@@ -83,13 +83,14 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) 
 class Fidelity(SampleScore):
     """How near a candidate's outputs are to those of ``dense``, without labels: zero is best.
 
-    ``measure="kl"``: minus the Kullback-Leibler divergence of the class probabilities along the last dimension, in
-    nats (Hinton et al. 2015 train on it); for language models the mean over positions. ``"mse"``: minus the squared
-    error relative to the spread of the dense outputs. ``"auto"``: kl for outputs ``(n, classes)`` and those named
-    ``logits``, else mse. Set ``autocast`` around both this and the candidate.
+    ``measure="kl"``: minus the Kullback-Leibler divergence of the class probabilities along the last dimension, or the
+    second of four (dense predictions), in nats (Hinton et al. 2015 train on it); the mean over positions. ``"mse"``:
+    minus the squared error relative to the spread of the dense outputs. ``"auto"``: kl for outputs ``(n, classes)`` and
+    those named ``logits``, else mse; a single logit is no class among others. Set ``autocast`` around both this and the
+    candidate.
 
     Raises:
-        ConfigError: no data, or an unknown measure.
+        ConfigError: no data, an unknown measure, or kl of a single class.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[Any], arguments: int = 1, measure: str = "auto") -> None:
@@ -100,6 +101,8 @@ class Fidelity(SampleScore):
             device = device_of(dense)
             outputs = [inputs_of(moved(batch, device), arguments).call(dense) for batch in self.batches]
         self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"
+        if self.measure == "kl" and _classes(outputs[0]).shape[-1] == 1:
+            raise ConfigError("measure=kl compares the probabilities of classes, and there is one output: take mse")
         held = [self._rows(output) for output in outputs]
         self._scale = 1 / max(float(np.mean([float(rows.var(unbiased=False)) for rows in held])), 1e-12)
         self._dense = [rows.log_softmax(-1) for rows in held] if self.measure == "kl" else held
@@ -112,11 +115,11 @@ class Fidelity(SampleScore):
         if self.measure == "mse":
             return -self._scale * (rows - dense).square().mean(dim=(1, 2))
         divergence = F.kl_div(rows.log_softmax(-1), dense, reduction="none", log_target=True)
-        return -divergence.sum(-1).mean(1)
+        return -divergence.sum(-1).mean(1).clamp(min=0)  # rounding makes equal outputs a little better than equal
 
     def _rows(self, output: Any) -> torch.Tensor:
         """``(samples, positions, size)`` in float32; of many positions as many as there is memory for."""
-        tensor = output_tensors(output)[0].float()
+        tensor = _classes(output).float() if self.measure == "kl" else output_tensors(output)[0].float()
         rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
         return rows[:, :: -(-rows.shape[1] // room)]
@@ -175,5 +178,12 @@ def _shapes(batch: Any, size: int) -> tuple[Any, ...]:
     return tuple((tuple(leaf.shape[1:]), _holds(leaf, size)) for leaf in leaves)
 
 
+def _classes(output: Any) -> torch.Tensor:
+    """The first tensor of ``output`` with its classes last."""
+    tensor = output_tensors(output)[0]
+    return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
+
+
 def _are_logits(output: Any) -> bool:
-    return (isinstance(output, Mapping) and "logits" in output) or output_tensors(output)[0].dim() == 2
+    are_named = isinstance(output, Mapping) and "logits" in output
+    return (are_named or output_tensors(output)[0].dim() == 2) and _classes(output).shape[-1] > 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from .liveness import WORKER, is_stale
 if TYPE_CHECKING:
     from ..spaces import Space
 
+logger = logging.getLogger(__name__)
+
 STUDY_NAME, JOURNAL = "prunefront", "study.journal"
 #: The attribute of a study that says whose it is, as ``space.json`` does; and what runs of before did not say.
 DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
@@ -32,6 +36,8 @@ DESCRIBED, _UNSAID = "prunefront", {"storage": "journal"}
 PARTLY, STOPPED = "samples", "stopped_at"
 #: What may differ between two searches whose values are compared, see :mod:`.warm_start`.
 COMPARABLE = ("mode", "objective", "budget", "target", "seed", "storage")
+#: The attribute of a trial that says how often it was tried before by processes that died, and how often it may be.
+TRIED, MOST_TRIED = "tried", 3
 #: SQLAlchemy's own choices are older ones, which have to be compiled.
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 #: Of a score and a cost.
@@ -42,13 +48,30 @@ LOCK_GRACE_S = 30
 JOIN_WAIT_S, GRPC_WAIT_S, GRPC_PORT = 120.0, 30.0, 13000
 
 
-def storage_of(journal: Path) -> JournalStorage:
-    """Optuna's journal storage, which takes over the lock of a killed process after ``LOCK_GRACE_S``.
+class _Lock(JournalFileSymlinkLock):
+    """That of a journal, taken over from a killed process after ``LOCK_GRACE_S``, with the record that it has left
+    unfinished: the next one would be appended to that, and be lost with it.
 
-    Its lock is a symbolic link to the path as given: a relative one leads nowhere, and is waited for forever.
+    The lock is a symbolic link to the path as given: a relative one leads nowhere, and is waited for forever.
     """
-    path = str(journal.resolve())
-    return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileSymlinkLock(path, grace_period=LOCK_GRACE_S)))
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal.resolve()
+        super().__init__(str(self.journal), grace_period=LOCK_GRACE_S)
+
+    def acquire(self) -> bool:
+        is_ours = super().acquire()
+        if is_ours and not _ends_whole(self.journal):
+            cut_torn_tail(self.journal)
+        return is_ours
+
+
+def storage_of(journal: Path) -> JournalStorage:
+    """Raises StorageError where the journal is damaged."""
+    try:
+        return JournalStorage(JournalFileBackend(str(journal.resolve()), lock_obj=_Lock(journal)))
+    except ValueError as error:
+        raise StorageError(f"{journal} is damaged: {error}; only its last record may be cut off") from error
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,13 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def first_by_plan(trials: Iterable[optuna.trial.FrozenTrial]) -> dict[str, optuna.trial.FrozenTrial]:
+    """By the fingerprint of the plan, the first trial that scored it; an estimate only where no other has."""
+    return {
+        t.user_attrs["plan"]["fingerprint"]: t for t in sorted(trials, key=lambda t: (not is_estimate(t), -t.number))
+    }
+
+
 def is_estimate(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether the trial was given up: its value is what it had promised by then."""
     return PARTLY in trial.user_attrs or STOPPED in trial.user_attrs
@@ -132,8 +162,9 @@ def open_study(store: Store, metrics: Sequence[str]) -> optuna.Study:
     Raises:
         StorageError: the storage cannot be read.
     """
-    if store.url is None:
-        cut_torn_tail(store.journal)
+    if store.url is None and store.journal.exists():
+        with _locked(store.journal):
+            cut_torn_tail(store.journal)
     with _quiet():
         study = optuna.create_study(
             storage=store.open(),
@@ -180,14 +211,26 @@ def join_study(store: Store, wait_s: float = JOIN_WAIT_S) -> optuna.Study:
 
 
 def release_stale(study: optuna.Study, idle: Mapping[str, Any] | None = None) -> None:
-    """Trials whose process is gone, or is ``idle``, fail, and what they tried is tried again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_stale(trial) or (idle is not None and trial.user_attrs.get(WORKER) == idle):
+    """Trials whose process is gone, or is ``idle``, fail, and what they tried is tried again, but not for ever: a plan
+    may be what kills processes."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    if not running:
+        return
+    durations = [t.duration.total_seconds() for t in finished(study) if t.duration is not None]
+    usual = max(durations, default=0.0)
+    for trial in running:
+        if is_stale(trial, usual) or (idle is not None and trial.user_attrs.get(WORKER) == idle):
+            tried = trial.user_attrs.get(TRIED, 0) + is_stale(trial, usual)
             try:
+                if tried > MOST_TRIED:
+                    reason = f"its process died {tried} times in a row: is there enough memory for this plan?"
+                    optuna.Trial(study, trial._trial_id).set_user_attr("error", reason)
+                    logger.warning("%s is not tried again: %s", name_of(trial.number), reason)
                 study.tell(trial.number, state=TrialState.FAIL)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
                 continue  # another process was faster, and has seen to it
-            study.enqueue_trial(trial.params)
+            if tried <= MOST_TRIED:
+                study.enqueue_trial(trial.params, user_attrs={TRIED: tried})
 
 
 def keep_copy(study: optuna.Study, store: Store) -> None:
@@ -297,6 +340,26 @@ def cut_torn_tail(journal: Path) -> None:
         journal.with_suffix(".torn").write_bytes(content[end:])
         with journal.open("r+b") as file:
             file.truncate(end)
+
+
+@contextmanager
+def _locked(journal: Path) -> Iterator[None]:
+    """While no process writes."""
+    lock = _Lock(journal)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ends_whole(journal: Path) -> bool:
+    """Whether the last record is complete, as far as its end tells."""
+    if not journal.exists() or not journal.stat().st_size:
+        return True
+    with journal.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _is_record(line: bytes) -> bool:

@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 PRIOR = np.log([1.0, 0.3, 0.5, 1.5, 0.1])
 VARIANCES = np.array([4.0, 4.0, 4.0, 1.0, 2.0])
 _TRIES, _JITTER = 24, 1e-6
+#: Losses below this share of the median are taken as that.
+LEAST_LOSS = 1e-3
 
 
 class Surrogate:
@@ -97,9 +99,10 @@ def _kernel(grams: tuple[Array, Array, Array], hyperparameters: Array) -> Array:
 
 
 def transformed(values: Array) -> Array:
-    """Rising with ``values (plans,)``: the logarithm of losses, whose factors add up; of other scores what is far below
-    the median is raised, since it does not matter how bad a bad plan is."""
-    if (values < 0).all():
-        return -np.log(-values)
+    """Rising with ``values (plans,)``: the logarithm of losses, whose factors add up, above :data:`LEAST_LOSS` (nothing
+    is lost by the whole model); of other scores what is far below the median is raised, since it does not matter how
+    bad a bad plan is."""
     median = float(np.median(values))
+    if (values <= 0).all() and median < 0:
+        return -np.log(np.maximum(-values, -LEAST_LOSS * median))
     return np.maximum(values, median - 2 * (float(values.max()) - median))

@@ -7,6 +7,7 @@ half of what ``torch.utils.flop_counter`` counts.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from torch import nn
 from .groups import Kept, Layout, Moment, Owner, Structure, Term
 from .plan import Cost
 
+#: Columns of :meth:`CostModel.batch`.
+ALL_COSTS = (0, 1, 2, 3)
 #: Product of variables (group indices, sorted, with repetition, then blocks) -> coefficient.
 Polynomial = dict[tuple[int, ...], int]
 
@@ -46,6 +49,14 @@ class _Polynomials:
         totals: NDArray[np.float64] = products @ self._coefficients
         return totals
 
+    def only(self, columns: Sequence[int]) -> _Polynomials:
+        """Some of the polynomials, without the monomials of the others."""
+        found = copy.copy(self)
+        coefficients = self._coefficients[:, columns]
+        used = coefficients.any(axis=1)
+        found._index, found._coefficients = self._index[used], coefficients[used]
+        return found
+
     def one(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """``values (variables,)`` to ``(polynomials,)``: a batch of one would waste its time."""
         totals: NDArray[np.float64] = values.take(self._index).prod(axis=1) @ self._coefficients
@@ -66,18 +77,27 @@ class CostModel:
         work = [terms.polynomial(work) for work in structure.work]
         moments = _undominated([_sum(terms.moment(moment)) for moment in structure.live])
         self._totals = _Polynomials(terms.variables, [_sum(work), parameters, size, *moments])
+        #: By column of :meth:`batch`, the polynomials whose largest value it is, and these alone: memory has many.
+        columns: list[Sequence[int]] = [[0], [1], range(3, 3 + len(moments)), [2]]
+        self._columns = [self._totals.only(column) if column else None for column in columns]
         self._operators = _Operators(terms, structure.work)
 
     def batch(
-        self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]
+        self,
+        widths: NDArray[np.integer],
+        blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]],
+        columns: Sequence[int] = ALL_COSTS,
     ) -> NDArray[np.float64]:
-        """Costs as ``(plans, 4)``: macs, params, memory_bytes, size_bytes.
+        """Costs as ``(plans, 4)``: macs, params, memory_bytes, size_bytes; 0 in all but ``columns``.
 
         ``widths (plans, groups)``; ``blocks``: for every group of blocks in order, which units stay ``(plans, units)``.
         """
-        totals = self._totals.batch(_values(widths, blocks))
-        memory = totals[:, 3:].max(axis=1) if totals.shape[1] > 3 else np.zeros(len(widths))
-        return np.column_stack([totals[:, 0], totals[:, 1], memory, totals[:, 2]])
+        values, costs = _values(widths, blocks), np.zeros((len(widths), len(ALL_COSTS)))
+        for column in columns:
+            polynomials = self._columns[column]
+            if polynomials is not None:
+                costs[:, column] = polynomials.batch(values).max(axis=1)
+        return costs
 
     def operators(
         self, widths: NDArray[np.integer], blocks: Sequence[NDArray[np.floating] | NDArray[np.bool_]]

@@ -17,7 +17,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .compensation import Compensation
-from .cost import CostModel
+from .cost import ALL_COSTS, CostModel
 from .criteria import CRITERIA, Evidence, unit_scores
 from .devices import device_of
 from .equivalents import replace
@@ -174,9 +174,12 @@ class Space:
             return self._cost(self._kept(plan))
         return self._cost.of_widths(widths, [ranking.ranks[i] < widths[i] for i in self._block_groups])
 
-    def cost_batch(self, widths: NDArray[np.integer], criterion: str | None = None) -> NDArray[np.float64]:
-        """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`."""
-        return self._cost.batch(*self._variables(widths, criterion))
+    def cost_batch(
+        self, widths: NDArray[np.integer], criterion: str | None = None, columns: Sequence[int] = ALL_COSTS
+    ) -> NDArray[np.float64]:
+        """Costs of many plans: ``widths (plans, dimensions)`` to ``(plans, 4)``, columns as in :class:`Cost`; 0 in all
+        but ``columns``."""
+        return self._cost.batch(*self._variables(widths, criterion), columns)
 
     def operators(
         self, widths: NDArray[np.integer], criterion: str | None = None

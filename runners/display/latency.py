@@ -27,9 +27,10 @@ def latency_view(model: LatencyModel, target: Mapping[str, Any]) -> RenderableTy
         ratio = model.measured[row].ratio
         table.add_row(f"{macs[row]:.1%}", f"{ratio:.1%}", f"{predicted[row]:.1%}", f"{predicted[row] / ratio - 1:+.1%}")
     facts = ", ".join(f"{key} {value}" for key, value in target.items() if value is not None)
+    ahead = "" if model.error_ahead is None else f", by {model.error_ahead:.1%} for plans not measured yet"
     summary = _failures(model.known.failed) + (
         f"{facts}\ndense model {model.dense_ms:.3g} ms; predictions are off by {model.error:.1%} on average in "
-        f"cross-validation, Kendall's tau {model.tau:.2f}, from {len(widths)} plans"
+        f"cross-validation{ahead}, Kendall's tau {model.tau:.2f}, from {len(widths)} plans"
     )
     return Lines(table, Text(summary))
 

@@ -159,15 +159,17 @@ def test_measuring_stops_when_the_error_is_small_and_is_never_done_twice(space, 
     target = ComputedTarget()
     timing = Timing(target, error=0.5, cache=tmp_path / "cache")
     first = timing.model(space, prunefront_inputs())
-    assert len(first.measured) == 16 and target.measured == 16 + 4  # the dense model with every four
+    # Eight that were predicted before they were measured, and the dense model with every four.
+    assert len(first.measured) == 16 + 8 and target.measured == 24 + 6
+    assert first.error_ahead is not None and first.error_ahead < 0.5
     again = timing.model(space, prunefront_inputs())
-    assert target.measured == 20 and again.measured == first.measured and again.dense_ms == first.dense_ms
-    assert len(timing.model(space, prunefront_inputs(), refresh=True).measured) == 16 and target.measured == 40
-    more = Timing(target, error=0.0, most=24, cache=tmp_path / "cache").model(space, prunefront_inputs())
-    assert len(more.measured) == 24 and target.measured == 40 + 8 + 2
+    assert target.measured == 30 and again.measured == first.measured and again.dense_ms == first.dense_ms
+    assert len(timing.model(space, prunefront_inputs(), refresh=True).measured) == 24 and target.measured == 60
+    more = Timing(target, error=0.0, most=32, cache=tmp_path / "cache").model(space, prunefront_inputs())
+    assert len(more.measured) == 32 and target.measured == 60 + 8 + 2
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(json.dumps({"measured": [[[1, 2], 0.5, 1.0, None]], "failed": []}))
-    assert len(timing.model(space, prunefront_inputs()).measured) == 16
+    assert len(timing.model(space, prunefront_inputs()).measured) == 24
 
 
 def test_a_plan_on_which_the_target_fails_is_left_out(space, caplog):
@@ -208,8 +210,8 @@ def test_nothing_that_was_measured_is_lost_when_the_target_is(space, tmp_path):
     with pytest.raises(TargetError, match="is gone"):
         Timing(DyingTarget(), cache=tmp_path).model(space, prunefront_inputs())
     target = ComputedTarget()
-    assert len(Timing(target, error=0.5, cache=tmp_path).model(space, prunefront_inputs()).measured) == 16
-    assert target.measured == 8 + 2  # the other eight, and the dense model with every four
+    assert len(Timing(target, error=0.5, cache=tmp_path).model(space, prunefront_inputs()).measured) == 24
+    assert target.measured == 16 + 4  # the other sixteen, and the dense model with every four
 
 
 def test_too_few_measurements_are_told_with_what_to_do(space):
