@@ -257,7 +257,8 @@ class _Collector(Watcher):
             self.embedded.add(self.state_names[id(table)])
         norm = batch_norm_arguments(func, args, kwargs)
         if norm is not None and norm["input"] is output and self.statistics.moments[parameter].shift is None:
-            self.statistics.moments[parameter].shift = (self.state_names[id(norm["running_mean"])], -1)
+            mean = self.state_names.get(id(norm["running_mean"]))  # none where the forward passes a copy
+            self.statistics.moments[parameter].shift = None if mean is None else (mean, -1)
         return norms.run(func, args, kwargs)
 
     def _new(self, call: Call) -> Moments:
@@ -322,8 +323,11 @@ def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SA
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average
                 layer.train()
+            own = [layer for layer in layers if type(layer).__module__.partition(".")[0] != "torch"]
             samples = 0
-            for inputs in calibration:
+            for number, inputs in enumerate(calibration, start=1):
+                for layer in own:  # which may not know what None is
+                    layer.momentum = 1 / number
                 inputs.call(model)
                 samples += len(inputs.tensors()[0])
                 if samples >= limit:

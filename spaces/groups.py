@@ -282,7 +282,8 @@ def _sites(
     kinds = [group.kind for group in groups]
     for site in [*trace.given_sizes, *(s for s in trace.sites if (s.module, s.attribute) not in seen)]:
         found, key = layout(site.dimension), (site.module, site.attribute)
-        if groups_in(found) and (key in read or _is_count_of_heads(site.attribute, found, kinds)):
+        is_read = key in read or (site.is_bound and key in trace.bounds)
+        if groups_in(found) and (is_read or _is_count_of_heads(site.attribute, found, kinds)):
             choices.setdefault(key, []).append(found)
     chosen = {
         key: min(reversed(layouts), key=partial(_mismatch, key[1], kinds=kinds)) for key, layouts in choices.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -54,8 +55,9 @@ def follow_config(dense: nn.Module, candidate: nn.Module, structure: Structure, 
             if key == "num_key_value_heads" and value == getattr(original, "num_attention_heads", None):
                 kinds = ("kv_group", "head")  # every query head has its own keys and values
             share = _share(structure, kept, kinds, value) if type(value) is int else None
-            if share is not None and value is not None:
-                setattr(config, key, round(value * share))
+            if share is not None and value is not None and round(value * share) != value:
+                with contextlib.suppress(AttributeError):  # a property that other values decide
+                    setattr(config, key, round(value * share))
     if getattr(original, "head_dim", 0) is None:  # what the dense model leaves to be derived
         config.head_dim = original.hidden_size // original.num_attention_heads
     for group, mask in zip(structure.groups, kept, strict=True):

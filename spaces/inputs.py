@@ -14,6 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .devices import moved
 from .modes import EagerMode
 
+#: Endings of the names of what Hugging Face models return beside their logits, and of what none is after.
+CACHES = ("past_key_values", "cache_params")
+BY_PRODUCTS = (*CACHES, "hidden_states", "hidden_state", "attentions", "router_logits", "router_probs")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -73,11 +77,26 @@ class OrdinaryBranches(EagerMode):
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of what a model returns that its user is after.
+    """The tensors of what a model returns that its user is after: those in tuples, lists, mappings, dataclasses and
+    other objects, the logits first where some are named so.
 
-    Of a Hugging Face output these are the logits where there are any: caches and hidden states are by-products, whose
-    shape may change.
+    Of a Hugging Face output that has logits, hidden states and the like are by-products, whose shape may change; caches
+    are in every one.
     """
     if isinstance(output, Mapping):
-        output = output["logits"] if "logits" in output else [v for k, v in output.items() if k != "past_key_values"]
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        is_of_transformers = any(base.__name__ == "ModelOutput" for base in type(output).__mro__)
+        left_out = BY_PRODUCTS if is_of_transformers and "logits" in output else CACHES
+        named = {key: value for key, value in output.items() if not str(key).endswith(left_out)}
+        output = [named[key] for key in sorted(named, key=lambda key: key != "logits")]
+    return [tensor for leaf in tree_leaves(output) for tensor in _tensors_in(leaf)]
+
+
+def _tensors_in(leaf: Any, depth: int = 3) -> list[torch.Tensor]:
+    """``leaf`` itself, or what an object that torch does not look into holds."""
+    if isinstance(leaf, torch.Tensor):
+        return [leaf]
+    if isinstance(leaf, nn.Module | type) or not depth:
+        return []
+    held = tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+    held += [getattr(leaf, name, None) for name in getattr(leaf, "__slots__", ())]
+    return [tensor for inner in held for tensor in _tensors_in(inner, depth - 1)]

@@ -16,14 +16,14 @@ from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
 from .modes import EagerMode
-from .options import ROUNDED_KINDS
 from .surgery import mask_model, slice_model
 from .trace import evaluating
 
-#: Largest difference relative to the largest output, in double precision: far above rounding, far below any error.
+#: Largest difference relative to the largest output that pruning changes, in double precision: far above rounding, far
+#: below any error.
 TOLERANCE = 1e-9
-#: Two groups of so few units are likely to get the same width when about half of each is removed.
-SMALL = 8
+#: Shares of the units of a group that are removed, and of how many groups of one size each gets its own width.
+SHARES, FEW = (0.25, 0.75), 3
 
 
 class Prover:
@@ -36,6 +36,8 @@ class Prover:
 
     def __init__(self, model: nn.Module, inputs: Inputs, shapes_only: bool, uniform: bool) -> None:
         self._shapes_only, self._uniform = shapes_only, uniform
+        #: What the whole model gives, by whether normalisations count nothing.
+        self._dense: dict[bool, list[torch.Tensor]] = {}
         if shapes_only:
             self._model, self._inputs = on_meta(model), inputs.map(_to_meta)
         else:
@@ -78,13 +80,11 @@ class Prover:
     def failure(self, structure: Structure, names: list[str]) -> str | None:
         """Why about half of the units of the groups ``names`` cannot be removed together; None when they can.
 
-        Both halves are tried, so that every unit is removed once. Small groups could still have one width by accident,
-        and hold only because of that: with them, one half of some of the groups alone is tried too.
+        What the first run keeps is removed in the second, so that every unit is removed once. Groups of one size could
+        hold only because they have one width: in one of the runs, any two have different ones.
         """
-        small = [g for g in structure.groups if g.name in names and g.kind in ROUNDED_KINDS and g.size <= SMALL]
-        for half in range(6) if len(small) > 1 else (0, 1):
-            kept = _halved(structure, names, half, self._uniform)
-            exact = all(group.exact for group in structure.groups if group.name in names)
+        exact = all(group.exact for group in structure.groups if group.name in names)
+        for kept in _trials(structure, names, self._uniform):
             if reason := self._compare(structure, kept, exact):
                 return reason
         return None
@@ -108,9 +108,16 @@ class Prover:
         masked = mask_model(self._model, structure, kept)
         with comparable, comparable.routing(masked, structure, kept):
             expected = self._run(masked)
-        return _differing_shapes(expected, actual) or (
-            _differing_values(expected, actual) if _is_comparable(structure, kept) else None
-        )
+        if reason := _differing_shapes(expected, actual):
+            return reason
+        return _differing_values(expected, actual, self._whole(exact)) if _is_comparable(structure, kept) else None
+
+    def _whole(self, exact: bool) -> list[torch.Tensor]:
+        """What the whole model gives."""
+        if exact not in self._dense:
+            with Comparable(normalising=not exact):
+                self._dense[exact] = self._run(self._model)
+        return self._dense[exact]
 
     def _differs_from_config(self, candidate: nn.Module) -> str | None:
         """Why a new model of the candidate's configuration is not the candidate."""
@@ -126,11 +133,15 @@ class Prover:
             return None
         fresh.double().load_state_dict(candidate.state_dict())
         with Comparable(normalising=False):
-            differing_values = _differing_values(self._run(candidate), self._run(fresh))
+            made = self._run(candidate)
+            differing_values = _differing_values(made, self._run(fresh), [torch.zeros_like(tensor) for tensor in made])
         return f"its configuration makes another model: {differing_values}" if differing_values else None
 
     def _run(self, model: nn.Module) -> list[torch.Tensor]:
-        return [leaf if self._shapes_only else leaf.double() for leaf in outputs_of(model, self._inputs)]
+        if self._shapes_only:
+            return outputs_of(model, self._inputs)
+        with _double_by_default():  # tensors that the forward makes
+            return [_real(leaf).double() for leaf in outputs_of(model, self._inputs)]
 
 
 class Comparable(EagerMode):
@@ -290,34 +301,76 @@ def _differing_shapes(expected: list[torch.Tensor], actual: list[torch.Tensor]) 
     return None if shapes[0] == shapes[1] else f"the pruned model's outputs have shapes {shapes[1]}, not {shapes[0]}"
 
 
-def _differing_values(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> str | None:
-    for left, right in zip(expected, actual, strict=True):
-        difference, scale = (left - right).abs().max().item(), left.abs().max().item()
-        if not difference <= TOLERANCE * max(scale, 1e-300):
+def _differing_values(
+    expected: list[torch.Tensor], actual: list[torch.Tensor], whole: list[torch.Tensor]
+) -> str | None:
+    """Why ``actual`` is not ``expected``. What is the same in the ``whole`` model, such as the large negative number of
+    a masked logit, is no measure of what differs; and where all is the same, nothing has been compared."""
+    is_changed = False
+    for left, right, dense in zip(expected, actual, whole, strict=True):
+        changed = left[left != dense] if left.shape == dense.shape else left.reshape(-1)
+        is_changed |= changed.numel() > 0
+        scale = changed.abs().max().item() if changed.numel() else 0.0
+        difference = (left - right).abs().max().item() if left.numel() else 0.0
+        if not difference <= TOLERANCE * scale:
             return f"the pruned model differs from the masked one by {difference / max(scale, 1e-300):.1e}"
-    return None
+    return None if is_changed else "nothing in the output on the example inputs depends on it: nothing can be compared"
 
 
-def _halved(structure: Structure, names: list[str], half: int, uniform: bool) -> Kept:
-    """About half of the units of each group; ``half`` 1 removes what 0 keeps, and more are 0 for some of them alone.
+@contextmanager
+def _double_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
-    It is a little more or less in every group (or kind of group, with ``uniform``), so that no two widths agree by
-    accident.
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _trials(structure: Structure, names: list[str], uniform: bool) -> Iterator[Kept]:
+    """Which units stay, run by run: a quarter to three quarters of each group ``names``, then the others of each.
+
+    Groups of one size (kinds of them, with ``uniform``) get as many different widths as there are. More groups than
+    that share some: these get different ones in a later run, and so on.
     """
     generator = np.random.default_rng(0)
-    shares: dict[Any, float] = {}
-    kept = []
+    orders = [generator.permutation(group.size) for group in structure.groups]
+    #: By size, the places of the groups among those of one size.
+    places: dict[int, dict[Any, int]] = {}
     for group in structure.groups:
-        mask = np.ones(group.size, dtype=bool)
-        order = generator.permutation(group.size)
-        key = (group.kind, group.size) if uniform else group.name
-        share = shares.setdefault(key, generator.uniform(0.35, 0.65))
-        if group.name in names and (half < 2 or (list(shares).index(key) >> (half // 2 - 1)) % 2 == half % 2):
-            cut = min(max(1, round(share * group.size)), group.size - 1) if group.size > 1 else 0
-            removed = order[cut:] if half == 1 else order[:cut]
-            mask[removed[: group.size - group.at_least]] = False
-        kept.append(mask)
-    return kept
+        if group.name in names:
+            same = places.setdefault(group.size, {})
+            same.setdefault((group.kind, group.size) if uniform else group.name, len(same))
+    runs = max([_digits(len(same), len(_cuts(size))) for size, same in places.items()], default=1)
+    for run in range(runs):
+        for others in (False, True) if run == 0 else (False,):
+            kept = []
+            for group, order in zip(structure.groups, orders, strict=True):
+                mask = np.ones(group.size, dtype=bool)
+                if group.name in names:
+                    place = places[group.size][(group.kind, group.size) if uniform else group.name]
+                    cuts = _cuts(group.size)
+                    cut = cuts[place // len(cuts) ** run % len(cuts)]
+                    removed = order[cut:] if others and cut else order[:cut]
+                    mask[removed[: group.size - group.at_least]] = False
+                kept.append(mask)
+            yield kept
+
+
+def _cuts(size: int) -> list[int]:
+    """How many units may be removed of a group: about half of them first, none where there are few to choose from."""
+    low, high = (max(1, round(share * size)) for share in SHARES)
+    cuts = sorted(range(low, min(high, size - 1) + 1), key=lambda cut: (abs(cut - size / 2), cut))
+    return cuts if len(cuts) >= FEW else [*cuts, 0]
+
+
+def _digits(count: int, base: int) -> int:
+    """How many digits to ``base`` numbers below ``count`` have."""
+    return 1 if count <= base or base < 2 else 1 + _digits(-(-count // base), base)
 
 
 def _to_double(leaf: Any) -> Any:

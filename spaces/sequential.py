@@ -284,6 +284,7 @@ class _Refitter(_Follower):
         super().__init__(candidate, renamed)
         self.structure, self.kept, self.targets = structure, kept, targets
         self.factors = row_factors(structure, kept)
+        self.normalised: dict[int, int] = {}
 
     def consumer(self, call: Call) -> Any:
         target = self.targets.get(call.parameter)
@@ -302,7 +303,12 @@ class _Refitter(_Follower):
 
     def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         norm = batch_norm_arguments(func, args, kwargs)
-        return func(*args, **kwargs) if norm is None else norms.batch_norm(**norm | {"training": True, "momentum": 1.0})
+        if norm is None:
+            return func(*args, **kwargs)
+        # A layer that is called several times keeps the average over its calls.
+        key = id(norm["running_mean"])
+        self.normalised[key] = self.normalised.get(key, 0) + 1
+        return norms.batch_norm(**norm | {"training": True, "momentum": 1 / self.normalised[key]})
 
     def summed(
         self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool

@@ -7,6 +7,7 @@ equal values; attributes that are only calculated with are told apart from those
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Functions that make a tensor of a given shape.
-CREATING = ("zeros", "ones", "empty", "full")
+#: Functions that make a tensor of a given shape, and methods that make one like another in all but that.
+CREATING = ("zeros", "ones", "empty", "full", "rand", "randn")
+CREATING_LIKE = ("new_zeros", "new_ones", "new_empty", "new_full")
 #: Module name and attribute.
 Site = tuple[str, str]
 
@@ -56,6 +58,27 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordi
 @contextmanager
 def traced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> Iterator[None]:
     """Replace the integer attributes of ``modules``; those that were calculated with are added to ``calculated``."""
+    with _uncached_einops():
+        yield from _replaced_integers(modules, calculated)
+
+
+@contextmanager
+def _uncached_einops() -> Iterator[None]:
+    """einops keeps the lengths that it was given for all later calls with equal ones, and so the first module's."""
+    module: Any = sys.modules.get("einops.einops")
+    cached = getattr(module, "_reconstruct_from_shape", None)
+    plain = getattr(cached, "__wrapped__", None)
+    if plain is None:
+        yield
+        return
+    module._reconstruct_from_shape = plain
+    try:
+        yield
+    finally:
+        module._reconstruct_from_shape = cached
+
+
+def _replaced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> Iterator[None]:
     replaced = []
     for name, module in modules.items():
         for attribute, value in list(vars(module).items()):
@@ -93,18 +116,22 @@ def set_size(module: nn.Module, attribute: str, value: int) -> None:
     setattr(module, name, type(held)(items))
 
 
-def note_bounds(index: Any) -> None:
-    """Attributes that bound a slice are read, as those that are calculated with."""
+def bounds_in(index: Any, calculated: set[Site]) -> Iterator[Site]:
+    """The attributes that bound a slice. ``calculated``: that of the trace; integers of earlier ones may be kept
+    somewhere."""
     for part in index if isinstance(index, tuple) else (index,):
         for bound in (part.start, part.stop) if isinstance(part, slice) else ():
-            if isinstance(bound, TracedInt):
-                bound.calculated.add(bound.site)
+            if isinstance(bound, TracedInt) and bound.calculated is calculated:
+                yield bound.site
 
 
-def sizes_in_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[Site, Any]]:
-    """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
+def sizes_in_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, calculated: set[Site]
+) -> Iterator[tuple[Site, Any]]:
+    """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function;
+    ``calculated`` as in :func:`bounds_in`."""
     for length, place in _lengths_in_call(name, args, kwargs, result):
-        if isinstance(length, TracedInt):
+        if isinstance(length, TracedInt) and length.calculated is calculated:
             yield length.site, place
 
 
@@ -112,12 +139,15 @@ def _lengths_in_call(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Iterator[tuple[Any, tuple[torch.Tensor, int]]]:
     """The lengths that a call was given, each with the ``(tensor, dimension)`` that has it."""
-    if name in ("view", "reshape", "expand", *CREATING) and isinstance(result, torch.Tensor):
+    if name in ("view", "reshape", "expand", *CREATING, *CREATING_LIKE) and isinstance(result, torch.Tensor):
         shape: Any = args if name in CREATING else args[1:]
         shape = shape or tuple(kwargs[key] for key in ("shape", "size") if key in kwargs)
         shape = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
         for dim, length in enumerate(shape):
             yield length, (result, dim)
+    elif name in ("layer_norm", "rms_norm") and len(args) > 1 and [*args[2:3], kwargs.get("weight")][0] is None:
+        for dim, length in enumerate(reversed(args[1]), start=1):
+            yield length, (args[0], -dim)
     elif name == "unflatten" and isinstance(result, torch.Tensor):
         dim, lengths = int(args[1]) % args[0].dim(), args[2]
         for offset, length in enumerate(lengths):

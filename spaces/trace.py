@@ -20,7 +20,7 @@ from .inputs import Inputs, output_tensors
 from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
 from .modes import EagerMode
 from .residual import ModuleCalls, Stack
-from .sizes import CREATING, Site, TracedInt, note_bounds, sizes_in_call, traced_integers
+from .sizes import CREATING, CREATING_LIKE, Site, TracedInt, bounds_in, sizes_in_call, traced_integers
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class IntegerSite:
     module: str
     attribute: str
     dimension: Dimension
+    #: Whether a slice ended there.
+    is_bound: bool = False
 
 
 @dataclass
@@ -123,8 +125,9 @@ class Trace:
     sites: list[IntegerSite] = field(default_factory=list)
     #: The same, seen in the calls themselves instead of concluded from equal values.
     given_sizes: list[IntegerSite] = field(default_factory=list)
-    #: Attributes that the forward calculates with, as (module, attribute).
+    #: Attributes that the forward calculates with, and that bound slices, as (module, attribute).
     calculated: set[Site] = field(default_factory=set)
+    bounds: set[Site] = field(default_factory=set)
     scales: list[ScaleSite] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     calls: ModuleCalls = field(default_factory=ModuleCalls)
@@ -179,13 +182,13 @@ class Call:
         which comes last."""
         self.recorder.trace.work.append(Work(constant, list(dimensions), tuple(self.recorder.stack)))
 
-    def integer(self, value: int, dimension: Dimension) -> None:
+    def integer(self, value: int, dimension: Dimension, is_bound: bool = False) -> None:
         """The forward used ``value`` as a size of ``dimension``: attributes that hold it follow its width."""
         if value > 1 and not is_frozen(dimension):
             module = self.recorder.modules.get(self.module)
             for attribute, held in vars(module).items() if module is not None else ():
                 if isinstance(held, TracedInt) and held == value:
-                    self.recorder.trace.sites.append(IntegerSite(self.module, attribute, dimension))
+                    self.recorder.trace.sites.append(IntegerSite(self.module, attribute, dimension, is_bound))
 
     def is_weight(self, argument: str) -> bool:
         return self.recorder.parameter_of(self.arguments[argument]) is not None
@@ -215,10 +218,13 @@ class Recorder(EagerMode):
         self._copies: dict[int, Copied] = {}
         self._pending_softmax: list[tuple[Dimension, str]] = []
         self._used: set[str] = set()
-        self._constants: dict[int, str] = {}
+        #: By storage, the bytes in which each parameter and buffer lies: several may share one.
+        self._constants: dict[int, list[tuple[int, int, str]]] = {}
         self._state = dict([*model.named_parameters(), *model.named_buffers()])
         for name, tensor in self._state.items():
-            self._constants.setdefault(storage_key(tensor), name)
+            start = int(tensor.storage_offset()) * tensor.element_size()
+            held = self._constants.setdefault(storage_key(tensor), [])
+            held.append((start, start + tensor.nbytes, name))
             self._labels[tensor] = self.trace.parameters[name] = [fresh(length) for length in tensor.shape]
 
     def label(self, tensor: torch.Tensor) -> Label:
@@ -231,7 +237,14 @@ class Recorder(EagerMode):
 
     def parameter_of(self, tensor: torch.Tensor) -> str | None:
         """The parameter or buffer that ``tensor`` is, or is a view of."""
-        return self._constants.get(storage_key(tensor))
+        return next(self._lying_at(tensor), None)
+
+    def _lying_at(self, tensor: torch.Tensor) -> Iterator[str]:
+        """Names of all parameters and buffers that have the first element of ``tensor``."""
+        held = self._constants.get(storage_key(tensor))
+        if held is not None:
+            place = tensor.storage_offset() * tensor.element_size()
+            yield from (name for start, end, name in held if start <= place < end or len(held) == 1)
 
     def mark_input(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -243,6 +256,7 @@ class Recorder(EagerMode):
         for tensor in output_tensors(output):
             for dimension in self.label(tensor):
                 freeze(dimension, "output of the model")
+        self._freeze_chosen()
         for name, label in self.trace.parameters.items():
             for dimension in label if name not in self._used else ():
                 freeze(dimension, "not used on the example inputs")
@@ -251,11 +265,31 @@ class Recorder(EagerMode):
             if not all(id(f) in routed for term in resolve(dimension) for f in term):
                 freeze(dimension, why)
 
+    def _freeze_chosen(self) -> None:
+        """What layers go on to read is no choice among experts, although the largest of it were taken."""
+        read = {
+            id(factor)
+            for label in self.trace.parameters.values()
+            if len(label) == 2
+            for term in resolve(label[1])
+            for factor in term
+        }
+        for hint in self.trace.hints:
+            if hint.text == "expert" and any(id(f) in read for term in resolve(hint.dimension) for f in term):
+                freeze(hint.dimension, "the largest of it are chosen")
+
     def await_routing(self, dimension: Dimension, why: str) -> None:
         """Freeze ``dimension`` in the end unless it turns out to be the experts of a router."""
         self._pending_softmax.append((dimension, why))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from .rules import has_rule
+
+        if not has_rule(func):  # inside torch.inference_mode, operators come whole that are others elsewhere
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         result = func(*args, **(kwargs or {}))
         if not self.muted:
             self.record(func, _bind(func, args, kwargs or {}), result)
@@ -264,6 +298,7 @@ class Recorder(EagerMode):
     def record(self, func: Any, arguments: dict[str, Any], result: Any) -> None:
         """Label the outputs of one operator."""
         from .rules import apply_rule
+        from .rules.unknown import unknown
 
         outputs = _tensors(result)
         call = Call(func.overloadpacket.__name__, arguments, outputs, self)
@@ -272,18 +307,21 @@ class Recorder(EagerMode):
             if (key := storage_key(tensor)) not in held:
                 self._copies.pop(key, None)
                 self._producers.pop(key, None)  # memory is used again: what was known is about a dead tensor
-        self.label_outputs(call, apply_rule(func, call))
+        try:
+            labels = apply_rule(func, call)
+            _check_labels(call, labels)
+        except Exception as error:  # ours: it must cost no more than what the operator touches
+            logger.warning("the rule of %s fails, and what it touches is frozen: %s", call.why, error)
+            labels = unknown(call)
+        self.label_outputs(call, labels)
 
     def label_outputs(self, call: Call, labels: list[Label]) -> None:
         for tensor, label in zip(call.outputs, labels, strict=True):
-            if [size(dimension) for dimension in label] != list(tensor.shape):
-                raise AssertionError(f"rule of {call.why} labelled {tuple(tensor.shape)} as {[size(d) for d in label]}")
             self._labels[tensor] = label
             self._allocate(tensor)
         inputs = call.tensors()
         for tensor in inputs:
-            if (name := self.parameter_of(tensor)) is not None:
-                self._used.add(name)
+            self._used.update(self._lying_at(tensor))
         self.trace.calls.operator(call.name, inputs, call.outputs)
         self._note_live()
 
@@ -365,12 +403,13 @@ class FunctionRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             result = func(*args, **(kwargs or {}))
-            if func.__name__ == "__getitem__":
-                note_bounds(args[1])
-            for site, (tensor, dim) in sizes_in_call(getattr(func, "__name__", ""), args, kwargs or {}, result):
-                if func.__name__ in CREATING:
+            trace, name = self.recorder.trace, getattr(func, "__name__", "")
+            if name == "__getitem__":
+                trace.bounds.update(bounds_in(args[1], trace.calculated))
+            for site, (tensor, dim) in sizes_in_call(name, args, kwargs or {}, result, trace.calculated):
+                if name in (*CREATING, *CREATING_LIKE):
                     self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
-                self.recorder.trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
+                trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
             return result
         from .rules.attention import fused_attention
 
@@ -396,6 +435,12 @@ def _elements(storage: Storage) -> int:
     for dimension in storage.label:
         total *= size(dimension)
     return total
+
+
+def _check_labels(call: Call, labels: list[Label]) -> None:
+    sizes = [[size(dimension) for dimension in label] for label in labels]
+    if sizes != (shapes := [list(tensor.shape) for tensor in call.outputs]):
+        raise AssertionError(f"it labels {shapes} as {sizes}")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -427,6 +472,7 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
         with (
             evaluating(model),
             keeping_buffers(model),
+            torch.inference_mode(False),
             torch.no_grad(),
             _module_stack(recorder),
             traced_integers(recorder.modules, recorder.trace.calculated),
@@ -434,14 +480,17 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
             recorder,
         ):
             output = inputs.call(model)
-    except AssertionError:
-        raise
     except Exception as error:
         shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
         raise TraceError(
             f"the model rejects the example inputs (shapes {shapes}): {type(error).__name__}: {error}. "
             "Pass example_inputs that the model accepts: a tensor, a tuple of arguments, or a dictionary of them"
         ) from error
+    if not output_tensors(output):
+        raise TraceError(
+            f"no tensor is found in the {type(output).__name__} that the model returns: return tensors, alone or in "
+            "tuples, lists, dictionaries or dataclasses"
+        )
     if not all(_is_finite(tensor) for tensor in output_tensors(output)):
         raise TraceError("the model's output on the example inputs is not finite; nothing can be checked against it")
     recorder.finish(output)
@@ -462,6 +511,10 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        known = {(id(module), name) for module, name, _ in held}
+        for module in model.modules():
+            for name in [name for name in module._buffers if (id(module), name) not in known]:
+                delattr(module, name)  # the forward makes it again
         with torch.no_grad():
             for (module, name, tensor), value in zip(held, values, strict=True):
                 module._buffers[name] = tensor

@@ -23,11 +23,16 @@ RULES: dict[str, Rule] = {**contraction.RULES, **normalisation.RULES, **routing.
 
 def apply_rule(func: Any, call: Call) -> list[Label]:
     """The labels of the outputs of ``func``."""
-    name = call.name
-    if name not in RULES and name.endswith("_"):
-        name = name[:-1]
-    if name in RULES:
-        return RULES[name](call)
-    if torch.Tag.pointwise in func.tags or name in POINTWISE_NAMES:
-        return pointwise(call)
-    return unknown(call)
+    name = _name(func)
+    return RULES[name](call) if name in RULES else pointwise(call) if has_rule(func) else unknown(call)
+
+
+def has_rule(func: Any) -> bool:
+    name = _name(func)
+    return name in RULES or torch.Tag.pointwise in func.tags or name in POINTWISE_NAMES
+
+
+def _name(func: Any) -> str:
+    """Operators that work in place have the rules of the others."""
+    name: str = func.overloadpacket.__name__
+    return name[:-1] if name not in RULES and name.endswith("_") else name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
 from ..labels import STRUCTURAL, Dimension, fixed, freeze, fresh, multiply, size
 from ..trace import Call, IntegerSite, Label
 from .attention import hint_attention
@@ -25,6 +27,8 @@ def convolution(call: Call) -> list[Label]:
         produced = _grouped(call, source, weight, groups)
     if call["bias"] is not None:
         call.unify(call.label("bias")[0], produced)
+    for dimension in source[2:]:
+        call.freeze(dimension, "spatial")
     spatial = [fixed(length) for length in call.outputs[0].shape[2:]]
     output = [source[0], produced, *spatial]
     for dimension in weight[2:]:
@@ -61,6 +65,8 @@ def _group_sites(call: Call, count: Dimension, groups: int) -> list[IntegerSite]
     module = call.recorder.modules.get(call.module)
     if module is not None and getattr(module, "groups", None) == groups:
         return [IntegerSite(call.module, "groups", count)]
+    if groups == size(call.label("input")[1]) and not isinstance(module, nn.modules.conv._ConvNd):
+        return []  # most forwards count the channels that come (x.shape[1]): the proof tells those that do not
     call.freeze(count, "the number of groups is written in the forward")
     return []
 

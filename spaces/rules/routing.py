@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..labels import STRUCTURAL, Dimension, fixed, freeze, is_frozen, size
 from ..trace import Call, Label
 
 
 def index(call: Call) -> list[Label]:
     """Elements are looked up along the indexed dimensions, which stay as they are; the others pass."""
-    source, indices = call.label("self"), call["indices"]
-    indexed = [position for position, chosen in enumerate(indices) if chosen is not None]
+    source = call.label("self")
+    indexed = _indexed(call)
     for position in indexed:
         call.freeze(source[position], "elements of it are looked up")
-        for dimension in call.recorder.label(indices[position]):
+    for chosen in call["indices"]:
+        for dimension in [] if chosen is None else call.recorder.label(chosen):
             freeze(dimension, STRUCTURAL)
     lengths = list(call.outputs[0].shape)
     kept = [position for position in range(len(source)) if position not in indexed]
@@ -24,10 +27,21 @@ def index(call: Call) -> list[Label]:
     return [output]
 
 
+def _indexed(call: Call) -> list[int]:
+    """The dimensions that are looked up; a mask covers as many as it has."""
+    found: list[int] = []
+    position = 0
+    for chosen in call["indices"]:
+        count = chosen.dim() if chosen is not None and chosen.dtype in (torch.bool, torch.uint8) else 1
+        found += [] if chosen is None else range(position, position + count)
+        position += count
+    return found
+
+
 def index_put(call: Call) -> list[Label]:
     """Values are written at looked-up positions; dimensions that are not indexed are aligned with theirs."""
     target, values = call.label("self"), call.label("values")
-    indexed = [position for position, chosen in enumerate(call["indices"]) if chosen is not None]
+    indexed = _indexed(call)
     for position in indexed:
         call.freeze(target[position], "elements of it are looked up")
     for distance in range(1, len(target) - max(indexed)):

@@ -104,6 +104,8 @@ def repeat(call: Call) -> list[Label]:
 
 def cat(call: Call) -> list[Label]:
     labels = [call.recorder.label(tensor) for tensor in call["tensors"] if tensor.numel()]
+    if not labels:
+        return created(call)
     dim = call["dim"] % len(labels[0])
     output = list(labels[0])
     for label in labels[1:]:
@@ -150,6 +152,28 @@ def split(call: Call) -> list[Label]:
     return [[*source[:dim], part, *source[dim + 1 :]] for part in parts]
 
 
+def glu(call: Call) -> list[Label]:
+    """One half of the dimension gates the other: they share their units."""
+    source = list(call.label("self"))
+    dim = call["dim"] % len(source)
+    half = size(source[dim]) // 2
+    part = fixed(half) if is_frozen(source[dim]) else fresh(half)
+    call.unify(source[dim], multiply([fixed(2, SELECTOR), part]))
+    source[dim] = part
+    return [source]
+
+
+def view_as_complex(call: Call) -> list[Label]:
+    """The last dimension is that of the real and the imaginary part."""
+    source = call.label("self")
+    call.freeze(source[-1], "real and imaginary part")
+    return [source[:-1]]
+
+
+def view_as_real(call: Call) -> list[Label]:
+    return [[*call.label("self"), fixed(2, "real and imaginary part")]]
+
+
 def slice_(call: Call) -> list[Label]:
     """A slice cuts the dimension into a sum; a step or a fixed dimension stays fixed."""
     source = list(call.label("self"))
@@ -171,7 +195,7 @@ def slice_(call: Call) -> list[Label]:
     unify(source[dim], concatenate([part for part in parts if size(part)]), call.why)
     for bound, dimensions in ((start, parts[:1]), (stop, parts[:2])):
         if 0 < bound < length:
-            call.integer(bound, concatenate([part for part in dimensions if size(part)]))
+            call.integer(bound, concatenate([part for part in dimensions if size(part)]), is_bound=True)
     source[dim] = parts[1]
     return [source]
 
@@ -228,6 +252,9 @@ RULES = {
     **dict.fromkeys(("select", "unbind"), select),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
     "slice": slice_,
+    "glu": glu,
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
     "embedding": gather,
     **dict.fromkeys(("empty", "zeros", "ones", "full", "arange", "randn", "rand", "new_zeros", "new_ones"), created),
     **dict.fromkeys(("new_full", "new_empty", "scalar_tensor", "linspace", "empty_strided"), created),

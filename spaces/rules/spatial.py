@@ -36,10 +36,25 @@ def constant_pad(call: Call) -> list[Label]:
     return [output]
 
 
+def grid_sampler(call: Call) -> list[Label]:
+    source = call.label("input")
+    for dimension in [*source[2:], *call.label("grid")]:
+        call.freeze(dimension, "spatial")
+    return [[*source[:2], *(fixed(n) for n in call.outputs[0].shape[2:])]]
+
+
 def pixel_shuffle(call: Call) -> list[Label]:
     source, factor = call.label("self"), call["upscale_factor"]
     channels = fresh(size(source[-3]) // factor**2)
     call.unify(source[-3], multiply([channels, fixed(factor**2, SELECTOR)]))
+    return [[*source[:-3], channels, *(fixed(n) for n in call.outputs[0].shape[-2:])]]
+
+
+def pixel_unshuffle(call: Call) -> list[Label]:
+    source, factor = call.label("self"), call["downscale_factor"]
+    for dimension in source[-2:]:
+        call.freeze(dimension, "spatial")
+    channels = multiply([source[-3], fixed(factor**2, SELECTOR)])
     return [[*source[:-3], channels, *(fixed(n) for n in call.outputs[0].shape[-2:])]]
 
 
@@ -55,13 +70,16 @@ _WITH_INDICES = [
     f"{kind}{n}d{end}" for n in (2, 3) for kind, end in (("max_pool", "_with_indices"), ("adaptive_max_pool", ""))
 ]
 _UPSAMPLES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")]
+_UPSAMPLES += ["upsample_linear1d", "upsample_trilinear3d"]
 _UPSAMPLES += ["_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 _PADS = [f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)]
 
 RULES = {
     **dict.fromkeys([*_POOLS, *_WITH_INDICES, *_UPSAMPLES, *_PADS], spatial),
     "constant_pad_nd": constant_pad,
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), grid_sampler),
     "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
 }
