@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ..spaces.errors import ConfigError, PrunefrontError
+from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from .config import register
 from .display import errors
 from .experiments import EXPERIMENTS
@@ -127,8 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     name, *rest = arguments
+    if name == "--version":
+        print(metadata.version("prunefront"))
+        return 0
     if name not in COMMANDS:
-        errors.print(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", style="red")
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        told = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(COMMANDS)}"
+        errors.print(f"unknown command {name!r}; {told}", style="red", highlight=False)
         return 2
     debug = "--debug" in rest
     rest = [argument for argument in rest if argument != "--debug"]
@@ -147,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(error, debug)
     except BrokenPipeError:
         return _output_is_closed()
+    except OSError as error:
+        return _report_error(unwritable(error), debug)
     except KeyboardInterrupt:
         errors.print(
             "interrupted; what is finished is kept: search on with resume=<run>, fine-tune with the same command",
@@ -185,10 +193,10 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
             return COMMANDS[name].function(config)
         except BrokenPipeError:
             _output_is_closed()
-        except PrunefrontError as error:
+        except (PrunefrontError, OSError) as error:
             if may_go:
                 forget_options(folder)
-            failed.append(_report_error(error, debug))
+            failed.append(_report_error(error if isinstance(error, PrunefrontError) else unwritable(error), debug))
             if os.getpid() != own_process:  # of a launcher, which tells this one
                 raise
 
@@ -230,6 +238,11 @@ def _output_is_closed() -> int:
     """The reader of a pipe, such as head, has seen enough: nothing else is written, at Python's end neither."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def unwritable(error: OSError) -> StorageError:
+    """What the file system refuses, such as a folder that cannot be made."""
+    return StorageError(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
 
 
 def _report_error(error: PrunefrontError, debug: bool) -> int:

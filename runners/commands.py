@@ -25,7 +25,7 @@ from ..search import search as run_search
 from ..search.budget import check_reachable
 from ..search.engine import check_options, early_header
 from ..search.files import SPACE, read_json, write_json
-from ..search.fitting import described_error
+from ..search.fitting import FIRST, described_error
 from ..search.formats import FIDELITY
 from ..search.front import picked_by
 from ..search.latency import LatencyModel
@@ -69,7 +69,7 @@ def search(config: DictConfig) -> float:
         console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
     result = searched(config, budget, task, run_dir, config.start, keep)
     logger.info("%s", result)
-    show_result(result, read_run(run_dir))
+    show_result(result, read_run(run_dir), config.n_trials)
     return result.best.metrics["score"]
 
 
@@ -131,7 +131,7 @@ def searched(
             told = measuring(status, timing.most)
             latency = timing.model(space, Inputs.of(task.example_inputs), budget=near, progress=told)
         described = f"latency is predicted from {len(latency.measured)} plans, off by {described_error(latency)}"
-        if (even := latency.steps.inputs) > 1:
+        if (even := latency.steps.inputs) > 1 and len(latency.measured) >= FIRST:
             described += f"; widths that are multiples of {even} are faster: space.round_to={even} keeps to them"
         console.print(described, style="dim")
         dense = {**dense, "latency_ms": latency.dense_ms}
@@ -211,7 +211,8 @@ def search_options(config: DictConfig, budget: dict[str, str], task: Task) -> di
     }
 
 
-def show_result(result: Result, run: Mapping[str, Any]) -> None:
+def show_result(result: Result, run: Mapping[str, Any], n_trials: int) -> None:
+    """``n_trials``: how many were wanted."""
     rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
     console.print(
         front_table(rows, result.best.name, run["dense"], run["score_name"], picked_by(result.has_budget, len(rows)))
@@ -226,7 +227,8 @@ def show_result(result: Result, run: Mapping[str, Any]) -> None:
     show_load(result.run_dir)
     more = shlex.join([f"resume={result.run_dir}", *to_be_repeated(result.run_dir)])
     done, _ = ended(result.study.get_trials(deepcopy=False))
-    console.print(f"more    prunefront search {more} n_trials={2 * done}", soft_wrap=True, highlight=False)
+    wanted = n_trials if done < n_trials else 2 * done
+    console.print(f"more    prunefront search {more} n_trials={wanted}", soft_wrap=True, highlight=False)
 
 
 def space(config: DictConfig) -> None:

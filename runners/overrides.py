@@ -36,7 +36,12 @@ LOG = "prunefront.log"
 _DASHED = re.compile(r"--([a-z_][\w.-]*)(?:=.*)?", re.DOTALL)
 FLAGS = (
     *("--json", "--multirun", "--cfg", "--resolve", "--package", "--info", "--version", "--run", "--hydra"),
-    *("--hydra-help", "--config-path", "--config-name", "--config-dir", "--shell-completion", "--experimental-rerun"),
+    *("--hydra-help", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
+)
+#: Those of Hydra's that take a value, short ones too.
+_VALUED = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
 )
 #: Tasks that run no code of the user.
 BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classification")
@@ -44,8 +49,8 @@ BUILT_IN_TASKS = ("digits", "cifar_resnet", "hf_causal_lm", "hf_text_classificat
 
 def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
     """Our shorthands in Hydra's terms: a run as first argument, ``--json``, ``resume=RUN``, free keys of a task."""
-    overrides = list(arguments)
-    for dashed in filter(None, map(_DASHED.fullmatch, overrides)):
+    flags, overrides = _apart(arguments)
+    for dashed in filter(None, map(_DASHED.fullmatch, [*flags, *overrides])):
         if f"--{dashed[1]}" not in FLAGS:
             raise ConfigError(f"options are written without dashes: {dashed[1].replace('-', '_')}=...")
     if name in POSITIONAL:
@@ -60,17 +65,28 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
             raise ConfigError("resume=RUN continues one run of the search command; it does not go with -m")
         overrides.remove(resumed[-1])
         run_dir = Path(resumed[-1].removeprefix("resume="))
-        kept = inherited(run_dir, overrides, f"prunefront search resume={run_dir}")
+        kept = inherited(run_dir, overrides, shlex.join(["prunefront", "search", *flags, f"resume={run_dir}"]))
         overrides = [*kept, *overrides, f"run_dir={_quoted(str(run_dir))}"]
     if name == "worker":
-        overrides = _joining(overrides)
+        overrides = _joining(overrides, flags)
     if name in ("pick", "show", "finetune", "export"):
         overrides = [f"pick.names{a.removeprefix('pick')}" if a.startswith("pick=") else a for a in overrides]
     if name == "finetune":
-        overrides = [*_of_the_search(overrides), *overrides]
+        overrides = [*_of_the_search(overrides, flags), *overrides]
     # Hydra's parser wants all overrides in one piece.
-    overrides.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-    return [f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides]
+    return [*flags, *(f"++{a}" if a.startswith(OPEN_KEYS) else a for a in overrides)]
+
+
+def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and everything else."""
+    flags, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--json" or not argument.startswith("-"):
+            overrides.append(argument)
+        else:
+            flags += [argument, *(itertools.islice(rest, 1) if argument in _VALUED else ())]
+    return flags, overrides
 
 
 def _with_runs(name: str, overrides: list[str]) -> list[str]:
@@ -84,14 +100,15 @@ def _with_runs(name: str, overrides: list[str]) -> list[str]:
     return [f"run={quoted}" if len(runs) == 1 else f"run=[{quoted}]", *overrides[len(runs) :]]
 
 
-def _joining(overrides: Sequence[str]) -> list[str]:
+def _joining(overrides: Sequence[str], flags: Sequence[str]) -> list[str]:
     """A worker has the options of the search whose folder comes first, where that is on this machine."""
     run = next((text for text in overrides if key_of(text) in ("run", "run_dir")), None)
     if run is None:
         raise ConfigError("prunefront worker takes the folder of a search first")
     run_dir = Path(json.loads(text) if (text := run.partition("=")[2]).startswith('"') else text.strip("'"))
     rest = [text for text in overrides if text != run]
-    kept = inherited(run_dir, rest, f"prunefront worker {run_dir}") if (run_dir / ".hydra").exists() else []
+    command = shlex.join(["prunefront", "worker", *flags, str(run_dir)])
+    kept = inherited(run_dir, rest, command) if (run_dir / ".hydra").exists() else []
     kept = [text for text in kept if key_of(text) not in ("workers", "devices")]  # a machine has its own
     return [*kept, *rest, f"run_dir={_quoted(str(run_dir))}"]
 
@@ -114,6 +131,8 @@ def inherited(
     foreign = [override for override in kept if not _is_harmless(override, stored)]
     if foreign:
         repeated = [*foreign, *(override for override in overrides if key_of(override) != "run")]
+        if "--config-dir" not in command:
+            repeated += _config_dir(run_dir)
         raise ConfigError(
             f"{run_dir} was started with code of its own, which is not run because a file says so; "
             f"if it is yours, repeat: {command} {shlex.join(repeated)}"
@@ -122,9 +141,18 @@ def inherited(
 
 
 def to_be_repeated(run_dir: Path) -> list[str]:
-    """What the user must say again to continue the run: what names code."""
+    """What the user must say again to continue the run: where configurations are, and what names code."""
     stored = _stored_overrides(run_dir)
-    return [override for override in stored if key_of(override) != "run_dir" and not _is_harmless(override, stored)]
+    again = [override for override in stored if key_of(override) != "run_dir" and not _is_harmless(override, stored)]
+    return [*_config_dir(run_dir), *again]
+
+
+def _config_dir(run_dir: Path) -> list[str]:
+    """The user's own folder of configurations, as a flag."""
+    path = run_dir / ".hydra" / "hydra.yaml"
+    sources = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.config_sources") if path.exists() else None
+    found = [source for source in sources or () if source.get("provider") == "command-line"]
+    return ["--config-dir", str(found[0].path)] if found else []
 
 
 def options_keeper(run_dir: Path, config: DictConfig) -> Callable[[], None]:
@@ -162,14 +190,14 @@ def forget_options(run_dir: Path) -> None:
             empty.rmdir()
 
 
-def _of_the_search(overrides: Sequence[str]) -> list[str]:
+def _of_the_search(overrides: Sequence[str], flags: Sequence[str]) -> list[str]:
     """Task and tracker of the run that is fine-tuned; none where the user names a task for a run of the Python API."""
     given = {key_of(override): override.partition("=")[2].strip("'") for override in overrides}
     run_dir = Path(given.get("run", ""))
     if "run" not in given or ("task" in given and not (run_dir / ".hydra").exists()):
         return []
     instead = "name it, task=..., or go on in Python, with prunefront.finetune"
-    command = f"prunefront finetune {shlex.quote(str(run_dir))}"
+    command = shlex.join(["prunefront", "finetune", *flags, str(run_dir)])
     return inherited(run_dir, overrides, command, ("task", "tracker"), instead)
 
 

@@ -43,8 +43,13 @@ def picks(run: Mapping[str, Any], pick: DictConfig, entries: Sequence[Entry]) ->
 
 
 def picked(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> Entry:
-    """The best within the budget; without one the run's pick, or what was fine-tuned of it. Raises SearchError."""
-    return best(within(run, budget, entries) if budget else versions(run["picked"], entries))
+    """The best within the budget, that of the run where ``budget`` is none; without any the run's pick, or what was
+    fine-tuned of it. Raises SearchError."""
+    if budget:
+        return best(within(run, budget, entries))
+    own = versions(run["picked"], entries)
+    # All hold the run's own budget. Of equals the pick comes first.
+    return best([*own, *entries] if run["space"]["search"].get("budget") else own)
 
 
 def given_limits(pick: DictConfig) -> dict[str, str]:

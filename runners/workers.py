@@ -24,6 +24,8 @@ def command(config: DictConfig) -> None:
     run_dir, devices = Path(config.run_dir), devices_of(config)
     if len(devices) > 1 or config.workers not in (None, 1):
         raise ConfigError("a worker is one process on one device: start one for each, without workers=")
+    if not run_dir.exists():
+        raise StorageError(f"{run_dir} does not exist; expected the folder of a search, or what was copied of it")
     task = placed(make_task(config), devices[0] if devices else None)
     if task.trains and not (run_dir / DENSE / METRICS).exists():
         raise StorageError(

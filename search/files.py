@@ -23,18 +23,27 @@ FINETUNED = "finetuned"
 
 
 def resolve(path: Path) -> Path:
-    """The folder of a saved model: ``path`` itself, or the picked model of the run in ``path``, in the version with the
-    highest score: as it was found, or fine-tuned."""
+    """The folder of a saved model: ``path`` itself, or of the run in ``path`` what has the highest score: of the picked
+    model as it was found, or fine-tuned, or within a budget of all that were found or fine-tuned."""
     if (path / PLAN).exists() or not (path / RESULT).exists():
         return path
-    picked = read_json(path / RESULT).get("picked")
-    if not isinstance(picked, str) or Path(picked).name != picked:
+    result = read_json(path / RESULT)
+    names = [result.get("picked")]
+    if has_budget(path):
+        names += [entry.get("name") for entry in result.get("front", [])]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise StorageError(f"{path / RESULT} is damaged: it names no picked model")
-    found = path / "front" / picked
-    versions = [found, *(metrics.parent for metrics in sorted(found.glob(f"{FINETUNED}/*/{METRICS}")))]
+    found = [path / "front" / name for name in dict.fromkeys(map(str, names))]
+    versions = [found[0], *(m.parent for f in found for m in sorted(f.glob(f"{FINETUNED}/*/{METRICS}")))]
     if len(versions) == 1:
-        return found
+        return found[0]
     return max(versions, key=lambda folder: read_json(folder / METRICS).get("score", -math.inf))
+
+
+def has_budget(run_dir: Path) -> bool:
+    """Whether all models of the run hold a budget, so that the best score decides."""
+    search = read_json(run_dir / SPACE).get("search") if (run_dir / SPACE).exists() else None
+    return isinstance(search, dict) and bool(search.get("budget"))
 
 
 def read_plan(directory: Path) -> dict[str, Any]:

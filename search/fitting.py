@@ -111,6 +111,8 @@ def fit_latency(
         model, limits = _fitted(space, held, budget)
     if not _is_good(model, limits, error):
         told = f"the latency model errs by {described_error(model)} after {len(held.measured)} measured plans"
+        if unsteady := len(held.measured) - len(held.steady):
+            told += f", of which {unsteady} are left out, since the machine was slower meanwhile"
         if max(model.error, model.error_ahead or 0.0, model.error_near or 0.0) <= error:  # too few to tell
             where = "on new plans" if limits is None else "near the budget"
             logger.warning("%s, and how far off it is %s is not known; raise latency.most", told, where)

@@ -57,7 +57,11 @@ class Pace:
                 told = f"the machine has become slower: the dense model takes {now_ms / best_ms - 1:.0%} longer"
                 logger.warning("%s; what was measured before may not agree with what follows", told)
                 return [replace(one, warnings=(*one.warnings, told)) for one in found]
-            logger.info("%.3g ms for the dense model instead of %.3g: a slow spell is waited for", now_ms, best_ms)
+            # Said aloud once a spell: it may take minutes.
+            level = logging.INFO if self._lost_s else logging.WARNING
+            told_s = self._good_s + PATIENCE_S - self._lost_s
+            text = "%.3g ms for the dense model instead of %.3g: a slow spell is waited for, up to %.0f s more"
+            logger.log(level, text, now_ms, best_ms, told_s)
             time.sleep(PAUSE_S)
             self._lost_s += time.monotonic() - start
 

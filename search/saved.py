@@ -54,6 +54,7 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)  # safetensors keeps it from all others
         content["weights_bytes"] = (temporary / WEIGHTS).stat().st_size
         content["weights_sha256"] = _file_digest(temporary / WEIGHTS)
         content["sha256"] = digest(content)

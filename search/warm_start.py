@@ -43,7 +43,10 @@ def read_earlier(runs: Sequence[str | Path], problem: Problem, header: Mapping[s
         if described.get("fingerprint") != problem.space.fingerprint:
             differing.append("fingerprint")
         if differing:
-            raise SearchError(f"warm_start={run}: its values cannot be compared, since it differs in {differing}")
+            advice = f"; start={run}/dense takes the model of that run" if differing == ["weights"] else ""
+            raise SearchError(
+                f"warm_start={run}: its values cannot be compared: it differs in {', '.join(differing)}{advice}"
+            )
         trials = finished(read_study(run))
         if trials:
             scored = Scored.of(problem, trials)

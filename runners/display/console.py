@@ -37,8 +37,13 @@ class ConsoleHandler(RichHandler):
 
 def show_load(folder: Path | str) -> None:
     """How a saved model is read from Python, and what has to be at hand for it."""
+    console.print(f"load    {load_line(folder)}", soft_wrap=True, highlight=False)
+
+
+def load_line(folder: Path | str) -> str:
+    """Python that reads the saved model in ``folder``."""
     plan = read_plan(resolve(Path(folder)))
     modules = own_modules(plan["structure"])
     first = f"import {', '.join(modules)}; " if modules else ""
     dense = ", model=dense_model" if plan["needs_dense_model"] else ""
-    console.print(f'load    {first}prunefront.load("{folder}"{dense})', soft_wrap=True, highlight=False)
+    return f'{first}prunefront.load("{folder}"{dense})'

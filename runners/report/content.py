@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -17,6 +18,9 @@ from ...search.files import read_plan
 from ...search.front import hypervolumes, picked_by
 from ...search.problem import COLUMNS, COST_SHARE, CRITERION
 from ...search.study import finished, is_estimate, read_study
+from ...spaces.trust import own_modules
+from ..display.console import load_line
+from ..overrides import key_of, to_be_repeated
 from ..runs import dense_cost, folder_of, own_overrides, read_run
 
 #: Importance of fewer trials than this says nothing.
@@ -58,6 +62,7 @@ def described_run(run_dir: Path) -> dict[str, Any]:
         "machine": run.get("machine", {}),
         "finished": run.get("finished"),
         "config": _config(run_dir),
+        "again": _again(run_dir),
     }
 
 
@@ -73,14 +78,24 @@ def limits(run: Mapping[str, Any]) -> dict[str, float]:
 
 def _model(run_dir: Path, entry: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     folder = folder_of(run_dir, entry["name"])
-    widths = read_plan(folder)["widths"]
+    plan = read_plan(folder)
+    widths, modules = plan["widths"], own_modules(plan["structure"])
     return {
         **_numbers(entry),
         "name": entry["name"],
         "folder": str(folder.relative_to(run_dir)),
+        "load": load_line(folder),
+        "modules": f" 'modules=[{','.join(modules)}]'" if modules else "",
         "widths": [widths[group["name"]] for group in groups],
         "warnings": list(entry.get("latency_warnings", [])),
     }
+
+
+def _again(run_dir: Path) -> str | None:
+    """What a command says again that goes on with the run's task; None for runs of the Python API."""
+    if not (run_dir / ".hydra" / "overrides.yaml").exists():
+        return None
+    return shlex.join(text for text in to_be_repeated(run_dir) if key_of(text).partition(".")[0] in ("task", "tracker"))
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

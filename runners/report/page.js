@@ -129,13 +129,12 @@ function answer(run, { key }) {
   }
   const entry = modelOf(run, state.model);
   const told = [...scoresOf(run), ...costsOf(run)].map(name => `${label(name)} ${shown(name, entry[name])}${bracketed(against(name, entry[name], run.dense[name]))}`);
-  const folder = `${run.path}/${entry.folder}`;
   return el("div", { class: "answer" }, el("strong", {}, entry.name + (entry.name === run.picked ? ", the picked model" : isTuned(entry) ? ", fine-tuned" : "")),
     note(told.join(" · ")),
     entry.warnings.map(text => note("Latency: " + text)),
-    command(`prunefront.load(${JSON.stringify(folder)})`),
-    isTuned(entry) ? null : command(`prunefront finetune ${quoted(run.path)} pick=${entry.name}`),
-    command(`prunefront export ${quoted(run.path)} pick=${entry.name} format=onnx`));
+    command(entry.load),
+    isTuned(entry) || run.again === null ? null : command(`prunefront finetune ${quoted(run.path)} pick=${entry.name} ${run.again}`.trim()),
+    command(`prunefront export ${quoted(run.path)} pick=${entry.name} format=onnx${entry.modules}`));
 }
 const bracketed = text => text ? ` (${text})` : "";
 
