@@ -20,9 +20,9 @@ import optuna
 import torch
 from torch import nn
 
-from ..spaces import Space, discover
+from ..spaces import Cost, Space, discover
 from ..spaces.calibration import check_calibration
-from ..spaces.errors import ConfigError, StorageError
+from ..spaces.errors import ConfigError, SearchError, StorageError
 from ..spaces.groups import KINDS
 from ..spaces.inputs import Inputs
 from ..spaces.rebuild import own_classes
@@ -62,6 +62,8 @@ from .warm_start import read_earlier
 logger = logging.getLogger(__name__)
 
 MODES = ("budget", "front")
+#: How far scores of one model may differ by machine, relatively.
+SAME_SCORE = 1e-2
 #: Of a file system that takes no more.
 _DISK_ERRORS = (
     errno.ENOSPC,
@@ -74,6 +76,7 @@ _DISK_ERRORS = (
     errno.ENOENT,
     errno.ESTALE,
 )
+_ANY_COST = Cost(*[10**30] * 4)
 #: Searched unless the user says otherwise.
 WIDTH_KINDS = tuple(kind for kind in KINDS if kind != "block")
 
@@ -163,7 +166,7 @@ def search(
     if before_trials is not None:
         before_trials(prepared.loop.study)
     prepared.warn(n_trials)
-    dense = prepared.scored_dense(score, dense)
+    dense = prepared.scored_dense(score, test, dense)
     bar = prepared.bar(n_trials) if show_progress_bar else None
     try:
         with bar or nullcontext():
@@ -194,6 +197,15 @@ def work(model: nn.Module, example_inputs: Any, **options: Any) -> None:
         raise _explained(prepared.store.run_dir, error) from error
 
 
+def check_same_score(run_dir: Path, before: float, now: float) -> None:
+    """Raises SearchError where the dense model has another score than when the run began: values cannot be mixed."""
+    if abs(now - before) > SAME_SCORE * max(abs(before), abs(now)):
+        raise SearchError(
+            f"the dense model's score is {now:.6g}, and in {run_dir} it was {before:.6g}: another score or other data; "
+            "choose another run_dir"
+        )
+
+
 def _explained(run_dir: Path, error: OSError) -> Exception:
     """What says that the run cannot be written; the same error where it is about something else, such as the user's
     data."""
@@ -202,6 +214,8 @@ def _explained(run_dir: Path, error: OSError) -> Exception:
 
 
 def _no_room(run_dir: Path, error: OSError) -> StorageError:
+    if run_dir.is_file():
+        return StorageError(f"{run_dir} is a file, and a run needs a folder: choose another run_dir")
     return StorageError(
         f"cannot write to {run_dir}: {error}. Finished trials are safe; "
         f"make room and search again with run_dir={run_dir}"
@@ -235,16 +249,21 @@ class _Prepared:
                 ", ".join(own),
             )
 
-    def scored_dense(self, score: Score | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What is known of the dense model, with its score: one that fails is told before any trial.
+    def scored_dense(self, score: Score | None, test: Score | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What is known of the dense model, with its scores: what fails is told before any trial.
 
         Raises:
-            ConfigError: the score fails.
+            ConfigError: ``score`` or ``test`` fails.
+            SearchError: the score is another one than that of the run so far.
         """
-        found = {**known_dense(self.store.run_dir), **(known or {})}
-        if score is None or "score" in found:
-            return found
-        return {**found, "score": self.loop.candidates.score_dense(score, "score")}
+        before, found = known_dense(self.store.run_dir), dict(known or {})
+        for name, function in (("score", score), ("test", test)):
+            if function is not None and name not in found:
+                is_new = name == "score" or name not in before
+                found[name] = self.loop.candidates.score_dense(function, name) if is_new else before[name]
+        if "score" in found and "score" in before:
+            check_same_score(self.store.run_dir, before["score"], found["score"])
+        return {**before, **found}
 
     def collected(
         self, test: Score | None, finalists: int | None, judging: Judging | None, dense: Mapping[str, Any]
@@ -278,6 +297,7 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
         mode, given["guide"], given["n_trials"], given["finalists"], given["patience"], given["lowest"], budget
     )
     inputs = Inputs.of(given["example_inputs"])
+    parse_budget(budget, _ANY_COST, mode == "front")  # a typing error is told before anything is computed
     if timing is not None:
         timing.check(model, inputs)
     space = _space_of(given)
@@ -352,7 +372,6 @@ def _limits_of(
     needed and not given."""
     budget, lowest, latency, timing = given["budget"] or {}, given["lowest"], given["latency"], given["timing"]
     may_be_empty = given["mode"] == "front"
-    parse_budget(budget, space.dense_cost, may_be_empty)  # a typing error is told before anything is measured
     if LATENCY in budget and timing is None:
         raise ConfigError("a latency budget needs timing=, the target on which the models of the front are measured")
     if LATENCY in budget and latency is None:

@@ -115,7 +115,8 @@ def fit_latency(
             told += f", of which {unsteady} are left out, since the machine was slower meanwhile"
         if max(model.error, model.error_ahead or 0.0, model.error_near or 0.0) <= error:  # too few to tell
             where = "on new plans" if limits is None else "near the budget"
-            logger.warning("%s, and how far off it is %s is not known; raise latency.most", told, where)
+            knob = "latency.limit_s" if time.monotonic() > deadline else "latency.most"
+            logger.warning("%s, and how far off it is %s is not known; raise %s", told, where, knob)
         else:
             logger.warning("%s, more than the wanted %.1f %%", told, 100 * error)
     return model

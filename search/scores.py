@@ -86,43 +86,90 @@ class Fidelity(SampleScore):
     ``measure="kl"``: minus the Kullback-Leibler divergence of the class probabilities along the last dimension, or the
     second of four (dense predictions), in nats (Hinton et al. 2015 train on it); the mean over positions. ``"mse"``:
     minus the squared error relative to the spread of the dense outputs. ``"auto"``: kl for outputs ``(n, classes)`` and
-    those named ``logits``, else mse; a single logit is no class among others. Set ``autocast`` around both this and the
-    candidate.
+    those named ``logits``, else mse; a single logit is no class among others. Of several outputs it is the sum over all
+    that have floating-point numbers for every sample. Set ``autocast`` around both this and the candidate.
 
     Raises:
-        ConfigError: no data, an unknown measure, or kl of a single class.
+        ConfigError: no data, outputs that cannot be compared, an unknown measure, or kl of a single class.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[Any], arguments: int = 1, measure: str = "auto") -> None:
         if measure not in MEASURES:
             raise ConfigError(f"unknown measure of fidelity {measure!r}; expected one of {', '.join(MEASURES)}")
         super().__init__(batches, lambda output, _: output, arguments)
+        parts: list[list[torch.Tensor]] = []
         with evaluating(dense), torch.inference_mode(), QuickNorms():
-            device = device_of(dense)
-            outputs = [inputs_of(moved(batch, device), arguments).call(dense) for batch in self.batches]
-        self.measure = measure if measure != "auto" else "kl" if _are_logits(outputs[0]) else "mse"
-        if self.measure == "kl" and _classes(outputs[0]).shape[-1] == 1:
-            raise ConfigError("measure=kl compares the probabilities of classes, and there is one output: take mse")
-        held = [self._rows(output) for output in outputs]
-        self._scale = 1 / max(float(np.mean([float(rows.var(unbiased=False)) for rows in held])), 1e-12)
-        self._dense = [rows.log_softmax(-1) for rows in held] if self.measure == "kl" else held
+            for batch in self.batches:
+                output = _called(dense, moved(batch, device_of(dense)), arguments)
+                tensors = _compared(output)
+                if not tensors:
+                    raise ConfigError("the model's outputs have no floating-point numbers to compare: pass score=")
+                if not parts:
+                    self.measures = [_measure_of(measure, place, t, output) for place, t in enumerate(tensors)]
+                parts.append([self._rows(tensor, kind) for tensor, kind in zip(tensors, self.measures, strict=True)])
+        spreads = [np.mean([float(rows.var(unbiased=False)) for rows in held]) for held in zip(*parts, strict=True)]
+        self._scales = [1 / max(float(spread), 1e-12) for spread in spreads]
+        self._dense = [
+            [rows.log_softmax(-1) if kind == "kl" else rows for rows, kind in zip(held, self.measures, strict=True)]
+            for held in parts
+        ]
 
     def of_output(self, output: Any, batch: Any, part: int) -> torch.Tensor:
-        rows = self._rows(output)
-        dense = self._dense[part].to(rows.device)
-        if rows.shape != dense.shape:
-            raise ValueError(f"the output has the shape {tuple(rows.shape)}, the dense one {tuple(dense.shape)}")
-        if self.measure == "mse":
-            return -self._scale * (rows - dense).square().mean(dim=(1, 2))
-        divergence = F.kl_div(rows.log_softmax(-1), dense, reduction="none", log_target=True)
-        return -divergence.sum(-1).mean(1).clamp(min=0)  # rounding makes equal outputs a little better than equal
+        tensors, total = _compared(output), torch.zeros(())
+        for tensor, held, kind, scale in zip(tensors, self._dense[part], self.measures, self._scales, strict=True):
+            rows = self._rows(tensor, kind)
+            dense = held.to(rows.device)
+            if rows.shape != dense.shape:
+                raise ValueError(f"the output has the shape {tuple(rows.shape)}, the dense one {tuple(dense.shape)}")
+            if kind == "mse":
+                lost = scale * (rows - dense).square().mean(dim=(1, 2))
+            else:
+                divergence = F.kl_div(rows.log_softmax(-1), dense, reduction="none", log_target=True)
+                lost = divergence.sum(-1).mean(1).clamp(min=0)  # rounding makes equal outputs better than equal
+            total = total.to(lost.device) - lost
+        return total
 
-    def _rows(self, output: Any) -> torch.Tensor:
+    def _rows(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         """``(samples, positions, size)`` in float32; of many positions as many as there is memory for."""
-        tensor = _classes(output).float() if self.measure == "kl" else output_tensors(output)[0].float()
+        tensor = (_classes_last(tensor) if kind == "kl" else tensor).float()
         rows = tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         room = max(1, int(MAX_BYTES / len(self.batches) / (4 * rows.shape[0] * rows.shape[2])))
         return rows[:, :: -(-rows.shape[1] // room)]
+
+
+def _measure_of(wanted: str, place: int, tensor: torch.Tensor, output: Any) -> str:
+    """What compares the output at ``place``; the logits, where some are named so, come first."""
+    classes = _classes_last(tensor).shape[-1] if tensor.dim() > 1 else 1
+    if wanted == "auto":
+        are_named = place == 0 and isinstance(output, Mapping) and "logits" in output
+        return "kl" if classes > 1 and (are_named or tensor.dim() == 2) else "mse"
+    if wanted == "kl" and classes == 1:
+        raise ConfigError("measure=kl compares the probabilities of classes, and there is one output: take mse")
+    return wanted
+
+
+def _compared(output: Any) -> list[torch.Tensor]:
+    """Outputs with floating-point numbers for every sample, of which the first has as many as there are."""
+    tensors = [tensor for tensor in output_tensors(output) if tensor.is_floating_point() and tensor.dim()]
+    return [tensor for tensor in tensors if len(tensor) == len(tensors[0])]
+
+
+def _classes_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
+
+
+def _called(model: nn.Module, batch: Any, arguments: int) -> Any:
+    """The output for a batch. Raises ConfigError where the model rejects it."""
+    inputs = inputs_of(batch, arguments)
+    try:
+        return inputs.call(model)
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
+        raise ConfigError(
+            f"the model rejects a batch of the data that score it (arguments of shapes {shapes}): "
+            f"{type(error).__name__}: {error}. Of a batch that is a tuple the first {arguments} are its arguments: "
+            "SampleScore(arguments=...)"
+        ) from error
 
 
 def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:
@@ -176,14 +223,3 @@ def _samples(batch: Any) -> int:
 def _shapes(batch: Any, size: int) -> tuple[Any, ...]:
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
     return tuple((tuple(leaf.shape[1:]), _holds(leaf, size)) for leaf in leaves)
-
-
-def _classes(output: Any) -> torch.Tensor:
-    """The first tensor of ``output`` with its classes last."""
-    tensor = output_tensors(output)[0]
-    return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
-
-
-def _are_logits(output: Any) -> bool:
-    are_named = isinstance(output, Mapping) and "logits" in output
-    return (are_named or output_tensors(output)[0].dim() == 2) and _classes(output).shape[-1] > 1

@@ -6,7 +6,7 @@ The statistics of the dense model are wrong for a candidate (Li et al. 2020, Eag
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -208,9 +208,16 @@ def collect(model: nn.Module, structure: Structure, calibration: Calibration, se
     statistics = Statistics()
     batches = sum(1 for _ in calibration.batches)
     watcher = _Collector(model, structure, statistics, max(batches, 1), seed)
-    with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
-        for inputs in calibration:
-            inputs.call(model)
+    inputs = None
+    try:
+        with evaluating(model), torch.no_grad(), calibration.precision(model), watcher:
+            for inputs in calibration:
+                inputs.call(model)
+    except Exception:
+        if inputs is not None:
+            with evaluating(model), torch.no_grad(), calibration.precision(model):
+                call_with(model, inputs)  # says so where the model alone rejects it too
+        raise
     for name in watcher.embedded & statistics.moments.keys():
         statistics.moments[name].drop()
         statistics.notes[name] = TIED
@@ -310,10 +317,27 @@ def check_calibration(model: nn.Module, calibration: Calibration | None) -> None
         )
 
 
-def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SAMPLES) -> None:
-    """Replace the running statistics of every BatchNorm layer by their average over ``calibration``, or over its first
-    batches up to ``limit`` samples."""
-    layers = batch_norms(model)
+def call_with(model: nn.Module, inputs: Inputs) -> Any:
+    """The output for a batch of calibration data. Raises CalibrationError where the model rejects it."""
+    try:
+        return inputs.call(model)
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
+        raise CalibrationError(
+            f"the model rejects a batch of calibration data (arguments of shapes {shapes}): {type(error).__name__}: "
+            f"{error}. Batches are the arguments of the model as example_inputs are, labels may follow"
+        ) from error
+
+
+def recalibrate(
+    model: nn.Module,
+    calibration: Calibration,
+    limit: int = NORM_SAMPLES,
+    layers: Sequence[nn.modules.batchnorm._BatchNorm] | None = None,
+) -> None:
+    """Replace the running statistics of every BatchNorm layer, or of ``layers``, by their average over ``calibration``,
+    or over its first batches up to ``limit`` samples."""
+    layers = batch_norms(model) if layers is None else layers
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
@@ -328,7 +352,7 @@ def recalibrate(model: nn.Module, calibration: Calibration, limit: int = NORM_SA
             for number, inputs in enumerate(calibration, start=1):
                 for layer in own:  # which may not know what None is
                     layer.momentum = 1 / number
-                inputs.call(model)
+                call_with(model, inputs)
                 samples += len(inputs.tensors()[0])
                 if samples >= limit:
                     break

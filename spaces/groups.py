@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .labels import SELECTOR, STRUCTURAL, Dimension, Factor, find, resolve
+from .labels import SELECTOR, STRUCTURAL, Dimension, Factor, find, resolve, term_size
 from .residual import Substitute
 from .trace import Label, Scope, Trace
 
@@ -146,7 +146,8 @@ def build_structure(trace: Trace) -> Structure:
     units = {module: (g, u) for g, group in enumerate(groups) for u, module in enumerate(group.blocks)}
 
     def layout(dimension: Dimension) -> Layout:
-        return tuple(tuple(index.get(id(f), -f.size) for f in term) for term in resolve(dimension))
+        terms = [term for term in resolve(dimension) if term_size(term)]  # tensors may be empty
+        return tuple(tuple(index.get(id(f), -f.size) for f in term) for term in terms)
 
     def layouts(label: Label) -> tuple[Layout, ...]:
         return tuple(layout(dimension) for dimension in label)

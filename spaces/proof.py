@@ -17,7 +17,7 @@ from .huggingface import from_config
 from .inputs import Inputs, output_tensors
 from .modes import EagerMode
 from .surgery import mask_model, slice_model
-from .trace import evaluating
+from .trace import evaluating, keeping_buffers
 
 #: Largest difference relative to the largest output that pruning changes, in double precision: far above rounding, far
 #: below any error.
@@ -258,7 +258,7 @@ _SURROGATES = {
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The tensors that ``model`` returns in evaluation mode, with the same random numbers every time."""
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=all_cuda_devices()):
+    with evaluating(model), keeping_buffers(model), torch.no_grad(), torch.random.fork_rng(devices=all_cuda_devices()):
         torch.manual_seed(0)
         return output_tensors(Inputs.of(example_inputs).call(model))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import norms
-from .calibration import Calibration, as_rounded
+from .calibration import Calibration, as_rounded, recalibrate
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, matrix, sampled, tensor_like
 from .groups import Kept, Structure
 from .inputs import Inputs
@@ -166,6 +167,9 @@ class _Recorder(_Follower):
         self.targets: dict[str, Target] = {}
         self.seen: set[str] = set()
         self.generator = torch.Generator().manual_seed(seed)
+        self.buffers = {id(buffer): name for name, buffer in model.named_buffers()}
+        #: How often each BatchNorm layer was called, by the name of its running mean.
+        self.normalised: Counter[str] = Counter()
 
     def consumer(self, call: Call) -> Any:
         output = call.run()
@@ -179,6 +183,9 @@ class _Recorder(_Follower):
         return output
 
     def apply(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        norm = batch_norm_arguments(func, args, kwargs)
+        if norm is not None:
+            self.normalised[self.buffers.get(id(norm["running_mean"]), "")] += 1
         table = embedding_weight(func, args, kwargs)
         if table is not None and id(table) in self.names:
             self.targets.pop(self.names[id(table)], None)
@@ -279,12 +286,14 @@ class _Refitter(_Follower):
         structure: Structure,
         kept: Kept,
         targets: Mapping[str, Target],
+        repeated: frozenset[str],
         renamed: Callable[[str], str],
     ) -> None:
         super().__init__(candidate, renamed)
         self.structure, self.kept, self.targets = structure, kept, targets
         self.factors = row_factors(structure, kept)
-        self.normalised: dict[int, int] = {}
+        self.repeated = repeated
+        self.buffers = {id(buffer): renamed(name) for name, buffer in candidate.named_buffers()}
 
     def consumer(self, call: Call) -> Any:
         target = self.targets.get(call.parameter)
@@ -305,10 +314,9 @@ class _Refitter(_Follower):
         norm = batch_norm_arguments(func, args, kwargs)
         if norm is None:
             return func(*args, **kwargs)
-        # A layer that is called several times keeps the average over its calls.
-        key = id(norm["running_mean"])
-        self.normalised[key] = self.normalised.get(key, 0) + 1
-        return norms.batch_norm(**norm | {"training": True, "momentum": 1 / self.normalised[key]})
+        if self.buffers.get(id(norm["running_mean"])) in self.repeated:
+            return norms.run(func, args, kwargs)  # its statistics are those of several calls
+        return norms.batch_norm(**norm | {"training": True, "momentum": 1.0})
 
     def summed(
         self, func: Any, left: torch.Tensor, right: torch.Tensor, made: _Made, other: torch.Tensor, is_left: bool
@@ -333,11 +341,15 @@ class _Refitter(_Follower):
 
 @dataclass
 class Targets:
-    """What every consumer of the dense model gives on ``inputs``, by parameter."""
+    """What every consumer of the dense model gives on ``inputs``, by parameter.
+
+    ``repeated``: names of the running means of BatchNorm layers that are called several times.
+    """
 
     model: nn.Module
     inputs: Inputs
     by_parameter: dict[str, Target]
+    repeated: frozenset[str] = frozenset()
 
 
 def record_targets(
@@ -356,15 +368,24 @@ def record_targets(
     recorder = _Recorder(model, structure, _rows_within_memory(model, effort.rows), seed)
     with evaluating(model), torch.no_grad(), calibration.precision(model), recorder:
         inputs.call(model)
-    return Targets(model, inputs, recorder.targets)
+    repeated = frozenset(name for name, calls in recorder.normalised.items() if calls > 1)
+    return Targets(model, inputs, recorder.targets, repeated)
 
 
 def refit(candidate: nn.Module, structure: Structure, kept: Kept, targets: Targets, calibration: Calibration) -> None:
     """Fit all consumers of ``candidate``, and the statistics of its BatchNorm layers, in one pass."""
     renamed = dense_names(targets.model, structure, kept)
-    refitter = _Refitter(candidate, structure, kept, targets.by_parameter, renamed)
+    refitter = _Refitter(candidate, structure, kept, targets.by_parameter, targets.repeated, renamed)
     with evaluating(candidate), torch.no_grad(), calibration.precision(candidate), refitter:
         targets.inputs.call(candidate)
+    if targets.repeated:
+        layers = [
+            layer
+            for name, layer in candidate.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            and renamed(f"{name}.running_mean") in targets.repeated
+        ]
+        recalibrate(candidate, calibration, layers=layers)
 
 
 def first_samples(calibration: Calibration, samples: int) -> Inputs:

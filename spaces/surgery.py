@@ -34,7 +34,7 @@ def elements(layout: Layout, kept: Kept) -> NDArray[np.bool_]:
             units = kept[factor] if factor >= 0 else np.ones(-factor, dtype=bool)
             mask = np.logical_and.outer(mask, units).reshape(-1)
         parts.append(mask)
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
 
 def kept_elements(structure: Structure, kept: Kept, tensor: str, dim: int) -> NDArray[np.int64]:
@@ -192,7 +192,7 @@ def _slice_tensors(
             shape[dim] = len(pick)
         if sliced.name in replaced:
             part = _fitting(sliced.name, replaced[sliced.name], tensor, shape)
-        elif tensor.dtype in _CARRIERS and tensor.is_cpu and tensor.is_contiguous() and type(tensor) in _STANDARD:
+        elif tensor.dtype in _CARRIERS and _is_plain(tensor):
             jobs.append((sliced.name, tensor, chosen, shape, end))
             end += -(-math.prod(shape) * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT
             continue
@@ -207,6 +207,11 @@ def _slice_tensors(
     _gather_all(parts, end)
     for (name, tensor, chosen, _, _), (_, array, _) in zip(jobs, parts, strict=True):
         memo[id(tensor)] = _owned(_scaled(_tensor(array, tensor.dtype), name, chosen, factors), tensor)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether numpy can take elements of its memory."""
+    return tensor.is_cpu and tensor.is_contiguous() and type(tensor) in _STANDARD and tensor.numel() > 0
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -75,10 +75,21 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
 
 def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> None:
     names = list(named_arrays(inputs))
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), _plain_attention():
         torch.onnx.export(
             OfTensors(model, inputs), tuple(inputs.tensors()), str(path), input_names=names, verbose=False, **options
         )
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused operators of torch's own transformer layers, which ONNX does not have."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def test_fidelity_of_other_outputs_is_the_relative_squared_error():
     wanted, found = dense(x), other(x)
     expected = -F.mse_loss(found, wanted).item() / wanted.var(unbiased=False).item()
     score = Fidelity(dense, [x])
-    assert score.measure == "mse" and score(other) == pytest.approx(expected, rel=1e-5)
+    assert score.measures == ["mse"] and score(other) == pytest.approx(expected, rel=1e-5)
 
 
 def test_fidelity_of_language_models_is_a_mean_over_positions():

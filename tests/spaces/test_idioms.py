@@ -1,0 +1,362 @@
+"""Ways to write a forward that are common in the wild: candidates are right, or the group is refused."""
+
+import re
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import prunefront
+from prunefront.spaces.errors import EmptySpaceError, TraceError
+from prunefront.spaces.inputs import output_tensors
+from prunefront.spaces.sizes import TracedInt
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.arange(12).reshape(2, 6) % 7
+
+
+@dataclass
+class Out:
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
+def mlp(forward, inputs=4, outputs=5, bias=True, **extra):
+    """A model of layers ``a``, ``b`` and ``c`` whose forward is ``forward``."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(inputs, 8, bias=bias), nn.Linear(8, 6, bias=bias)
+            self.c = nn.Linear(6, outputs, bias=bias)
+            for name, value in extra.items():
+                setattr(self, name, value() if isinstance(value, type) else value)
+
+    Model.forward = forward
+    return Model().eval()
+
+
+def check(model, x, alternatives=(), **options):
+    """All exact groups at random widths: sliced equals masked, for other inputs too."""
+    space = prunefront.discover(model, x, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        exact = [group for group in space.groups if group.exact]
+        widths = {g.name: int(torch.randint(g.at_least, g.size + 1, (), generator=generator)) for g in exact}
+        plan = space.plan(widths)
+        sliced, masked = space.slice(plan).double(), space.mask(plan).double()
+        assert space.cost(plan).params == sum(p.numel() for p in sliced.parameters())
+        for given in (x, *alternatives):
+            given = given if isinstance(given, tuple) else (given,)
+            args = [arg.double() if arg.is_floating_point() else arg for arg in given]
+            with torch.no_grad():
+                outputs = [output_tensors(m(*args)) for m in (sliced, masked)]
+            for left, right in zip(*outputs, strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+    return {group.name: group.size for group in space.groups}
+
+
+def layers(self, x):
+    return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("wrap", [dict, SimpleNamespace, Out])
+def test_all_that_a_model_returns_is_kept_and_compared(wrap):
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return wrap(logits=self.c(F.relu(self.b(h))), boxes=self.box(h))
+
+    assert check(mlp(forward, box=nn.Linear(8, 4)), X) == {"a": 8, "b": 6}
+
+
+def test_a_model_that_returns_no_tensor_is_told_so():
+    with pytest.raises(TraceError, match=r"no tensor is found in the str"):
+        prunefront.discover(mlp(lambda self, x: str(layers(self, x))), X)
+
+
+def test_by_products_of_hugging_face_outputs_may_change_and_predictions_may_not():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=[32, 32],
+        patch_size=16, num_detection_tokens=4, num_labels=3,
+    )  # fmt: skip
+    groups = check(transformers.YolosForObjectDetection(config).eval(), torch.randn(1, 3, 32, 32))
+    assert not any(size == 4 for size in groups.values())  # the coordinates of boxes
+
+
+class Masked(nn.Module):
+    """Counts on 8 features by a number that is written in the forward; one logit is masked."""
+
+    def __init__(self, value):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.value = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3), value
+
+    def forward(self, x):
+        y = self.c(F.relu(self.b(F.relu(self.a(x)) / 8 * self.a(x).shape[1])))
+        return y.masked_fill(torch.tensor([True, False, False]), self.value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e9, torch.finfo(torch.float32).min])
+def test_large_constants_in_the_output_hide_no_error(value):
+    assert check(Masked(value), X) == {"b": 6}
+
+
+def test_where_nothing_depends_on_a_group_nothing_is_proven():
+    with pytest.raises(EmptySpaceError, match="nothing can be compared"):
+        prunefront.discover(mlp(layers, bias=False), torch.zeros(3, 4))
+    closed = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5))
+    layers_of_it = list(closed)
+    closed.forward = lambda t: layers_of_it[3](layers_of_it[2](layers_of_it[1](layers_of_it[0](t))))
+    with pytest.raises(EmptySpaceError, match="nothing can be compared"):
+        prunefront.discover(closed, TOKENS)
+
+
+def test_complex_outputs_are_compared_whole():
+    def forward(self, x):
+        return torch.polar(torch.ones(len(x), 5).to(x), layers(self, x))
+
+    assert check(mlp(forward), X) in ({}, {"a": 8, "b": 6})
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x, heads=None):
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, heads or self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
+
+
+class Parent(nn.Module):
+    """Its number of heads is that of both of its attentions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.heads = Attention(16, 4), Attention(16, 4), 4
+
+    def forward(self, x):
+        return self.b(self.a(x, self.heads), self.heads)
+
+
+def test_a_size_that_two_layers_share_is_no_size_of_one():
+    groups = check(Parent(), torch.randn(2, 6, 16))
+    assert not {"heads", "a.heads", "b.heads"} & set(groups)
+
+
+def test_layers_that_hold_only_with_equal_widths_are_refused():
+    class View(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1)
+            self.out = nn.Conv2d(12, 2, 1)
+
+        def forward(self, x):
+            h = F.relu(self.one(x))
+            return self.out(F.relu(self.two(h)).view(len(x), h.shape[1], 4, 4))
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with pytest.raises(EmptySpaceError, match="is invalid for input of size"):
+            prunefront.discover(View(), torch.randn(2, 3, 4, 4))
+
+
+def test_einops_gives_every_layer_its_own_heads():
+    pytest.importorskip("einops")
+    from einops import rearrange
+
+    class Rearranged(Attention):
+        def forward(self, x):
+            q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in (self.q, self.k, self.v))
+            return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+    for _ in range(2):  # what the first space left in caches must not matter to the second
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Rearranged(16, 4) for _ in range(3)))
+        groups = check(model, torch.randn(2, 5, 16))
+        assert {f"{layer}.heads" for layer in range(3)} <= set(groups)
+    assert not any(isinstance(value, TracedInt) for module in model.modules() for value in vars(module).values())
+    assert hasattr(sys.modules["einops.einops"]._reconstruct_from_shape, "cache_info")
+
+
+def test_the_bound_of_a_slice_is_no_width():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.max_len, self.heads = 8, 2
+            self.q, self.o = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = x[:, : self.max_len]
+            h = self.q(x).view(*x.shape[:2], self.heads, -1)
+            return self.o(F.relu(h).flatten(2))
+
+    check(Cut(), torch.randn(2, 4, 4), alternatives=[torch.randn(2, 9, 4)])
+
+
+def test_the_largest_of_features_are_no_choice_of_experts():
+    def forward(self, x):
+        h = self.a(x)
+        return self.c(F.relu(self.b(h * (h >= h.topk(3, 1).values[:, -1:]))))
+
+    assert check(mlp(forward), X) == {"b": 6}
+
+
+def test_masks_of_several_dimensions_are_looked_up_and_written():
+    def forward(self, x, mask):
+        h = F.relu(self.a(x))
+        y = torch.zeros_like(h)
+        y[mask] = h[mask]
+        return self.c(F.relu(self.b(y)))
+
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
+    assert check(mlp(forward), (x, mask)) == {"a": 8, "b": 6}
+
+
+def test_empty_tensors_are_concatenated_and_returned():
+    def forward(self, x):
+        return layers(self, x), torch.cat([x[:0], x[:0]])
+
+    assert check(mlp(forward), X) == {"a": 8, "b": 6}
+
+
+def test_a_buffer_that_the_forward_makes_is_made_again():
+    def forward(self, x):
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.tril(torch.ones(x.shape[1], x.shape[1])))
+        return layers(self, x @ self.mask.to(x))
+
+    model = mlp(forward)
+    assert check(model, X) == {"a": 8, "b": 6} and not hasattr(model, "mask")
+
+
+def test_parameters_of_one_storage_are_all_used():
+    model = mlp(layers)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    assert check(model, X) == {"a": 8, "b": 6}
+
+
+def test_an_error_of_the_forward_is_the_users():
+    def forward(self, x):
+        assert x.shape[0] == 99, "wrong batch"
+
+    with pytest.raises(TraceError, match="wrong batch"):
+        prunefront.discover(mlp(forward), X)
+
+
+def test_a_rule_that_fails_freezes_what_it_touches(monkeypatch, caplog):
+    from prunefront.spaces.rules import RULES
+
+    monkeypatch.setitem(RULES, "addmm", lambda call: 1 / 0)
+    with pytest.raises(EmptySpaceError, match="no rule for this operator"):
+        prunefront.discover(mlp(layers), X)
+    assert "the rule of addmm in a fails, and what it touches is frozen: division by zero" in caplog.text
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_without_weights_follow_the_width(norm):
+    groups = check(nn.Sequential(nn.Linear(4, 8), norm(8, elementwise_affine=False), nn.Linear(8, 3)).eval(), X)
+    assert groups == {"0": 8}
+
+
+def test_rotary_embeddings_in_complex_numbers():
+    class Rope(Attention):
+        def __init__(self):
+            super().__init__(16, 2)
+            self.register_buffer("turn", torch.polar(torch.ones(6, 4), torch.arange(24.0).view(6, 4)))
+
+        def turned(self, x):
+            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * self.turn.to(pairs)[:, None]).flatten(3)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = (layer(x).view(b, t, self.heads, -1) for layer in (self.q, self.k, self.v))
+            q, k, v = (each.transpose(1, 2) for each in (self.turned(q), self.turned(k), v))
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
+
+    torch.manual_seed(0)
+    assert "heads" in check(Rope(), torch.randn(2, 6, 16))
+
+
+FILTER = torch.ones(1, 1, 3, 3)
+OPERATORS = {
+    "glu": (lambda h: F.glu(torch.cat([h, h], 1), 1), 1),
+    "pixel_unshuffle": (lambda h: F.pixel_unshuffle(h, 2), 4),
+    "grid_sample": (lambda h: F.grid_sample(h, torch.zeros(2, 3, 3, 2).to(h), align_corners=False), 1),
+    "blur": (lambda h: F.conv2d(h, FILTER.to(h).expand(h.shape[1], 1, 3, 3), groups=h.shape[1]), 1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_channels_pass_through(name):
+    operator, times = OPERATORS[name]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8 * times, 5, 1)
+
+        def forward(self, x):
+            return self.b(operator(F.relu(self.a(x)))).mean((2, 3))
+
+    assert [*check(Model(), torch.randn(2, 3, 8, 8)).values()] == [8]
+
+
+def test_inside_inference_mode_operators_come_whole():
+    assert check(mlp(torch.inference_mode()(layers)), X) == {"a": 8, "b": 6}
+    with torch.inference_mode():
+        assert {group.name for group in prunefront.discover(mlp(layers), X).groups} == {"a", "b"}
+
+
+def test_read_only_values_of_a_configuration_stay_as_they_are():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(
+        vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_hidden_size=24
+    )
+    groups = check(transformers.FalconForCausalLM(config).eval(), TOKENS)
+    assert any(re.search("mlp|h_to_4h", name) for name in groups)
+
+
+def test_statistics_of_a_norm_that_is_called_twice_are_those_of_both_calls():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.tower = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU())
+            self.out = nn.Linear(16, 3)
+
+        def forward(self, x, y):
+            return self.out(self.tower(x) * self.tower(y))
+
+    torch.manual_seed(1)
+    model = Siamese().train()
+    batches = [(torch.randn(256, 4), 3 + 2 * torch.randn(256, 4)) for _ in range(4)]
+    with torch.no_grad():
+        for _ in range(30):
+            for x, y in batches:
+                model(x, y)
+    model.eval()
+    pairs = [(x, y, torch.zeros(256)) for x, y in batches]
+    whole = []
+    for options in ({"compensation": "sequential"}, {"criterion": "l1", "compensation": "bn"}):
+        space = prunefront.discover(model, batches[0], calibration=pairs, **options)
+        whole.append(space.apply(space.plan({})))
+    norms = [found.tower[1] for found in whole]
+    torch.testing.assert_close(norms[0].running_mean, norms[1].running_mean)
+    torch.testing.assert_close(norms[0].running_var, norms[1].running_var)
+    x, y = batches[0]
+    with torch.no_grad():
+        error, of_statistics = ((found(x, y) - model(x, y)).norm() / model(x, y).norm() for found in whole)
+    assert error < 1.05 * of_statistics < 0.2
