@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from .trace import evaluating, keeping_buffers
 TOLERANCE = 1e-9
 #: Shares of the units of a group that are removed, and of how many groups of one size each gets its own width.
 SHARES, FEW = (0.25, 0.75), 3
+#: Of groups of so few units any number may be removed.
+SMALL = 16
 
 
 class Prover:
@@ -110,7 +113,19 @@ class Prover:
             expected = self._run(masked)
         if reason := _differing_shapes(expected, actual):
             return reason
-        return _differing_values(expected, actual, self._whole(exact)) if _is_comparable(structure, kept) else None
+        if not _is_comparable(structure, kept):
+            return None
+        reason, is_changed = _differing_values(expected, actual, self._whole(exact))
+        if reason is None and not is_changed and not self._responds:
+            return "nothing in the output on the example inputs depends on weights: nothing can be compared"
+        return reason
+
+    @cached_property
+    def _responds(self) -> bool:
+        """Whether other weights give another output: dead activations do not, nor does a forward of another model."""
+        other = copy_model(self._model)
+        _stir(other, seed=1)
+        return any(not torch.equal(*pair) for pair in zip(self._run(other), self._whole(True), strict=True))
 
     def _whole(self, exact: bool) -> list[torch.Tensor]:
         """What the whole model gives."""
@@ -134,7 +149,7 @@ class Prover:
         fresh.double().load_state_dict(candidate.state_dict())
         with Comparable(normalising=False):
             made = self._run(candidate)
-            differing_values = _differing_values(made, self._run(fresh), [torch.zeros_like(tensor) for tensor in made])
+            differing_values, _ = _differing_values(made, self._run(fresh), [torch.zeros_like(t) for t in made])
         return f"its configuration makes another model: {differing_values}" if differing_values else None
 
     def _run(self, model: nn.Module) -> list[torch.Tensor]:
@@ -263,10 +278,10 @@ def outputs_of(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
         return output_tensors(Inputs.of(example_inputs).call(model))
 
 
-def _stir(model: nn.Module) -> None:
+def _stir(model: nn.Module, seed: int = 0) -> None:
     """Move all weights and BatchNorm statistics a little: the proof is about shapes and slices, and a classifier that
     starts at zero or a layer scale of 1e-6 would hide every error from it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: torch.Tensor) -> torch.Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
@@ -303,9 +318,11 @@ def _differing_shapes(expected: list[torch.Tensor], actual: list[torch.Tensor]) 
 
 def _differing_values(
     expected: list[torch.Tensor], actual: list[torch.Tensor], whole: list[torch.Tensor]
-) -> str | None:
-    """Why ``actual`` is not ``expected``. What is the same in the ``whole`` model, such as the large negative number of
-    a masked logit, is no measure of what differs; and where all is the same, nothing has been compared."""
+) -> tuple[str | None, bool]:
+    """Why ``actual`` is not ``expected``, and whether that is another output than that of the ``whole`` model.
+
+    What is the same there, such as the large negative number of a masked logit, is no measure of what differs.
+    """
     is_changed = False
     for left, right, dense in zip(expected, actual, whole, strict=True):
         changed = left[left != dense] if left.shape == dense.shape else left.reshape(-1)
@@ -313,8 +330,8 @@ def _differing_values(
         scale = changed.abs().max().item() if changed.numel() else 0.0
         difference = (left - right).abs().max().item() if left.numel() else 0.0
         if not difference <= TOLERANCE * scale:
-            return f"the pruned model differs from the masked one by {difference / max(scale, 1e-300):.1e}"
-    return None if is_changed else "nothing in the output on the example inputs depends on it: nothing can be compared"
+            return f"the pruned model differs from the masked one by {difference / max(scale, 1e-300):.1e}", True
+    return None, is_changed
 
 
 @contextmanager
@@ -345,25 +362,33 @@ def _trials(structure: Structure, names: list[str], uniform: bool) -> Iterator[K
         if group.name in names:
             same = places.setdefault(group.size, {})
             same.setdefault((group.kind, group.size) if uniform else group.name, len(same))
-    runs = max([_digits(len(same), len(_cuts(size))) for size, same in places.items()], default=1)
-    for run in range(runs):
-        for others in (False, True) if run == 0 else (False,):
-            kept = []
-            for group, order in zip(structure.groups, orders, strict=True):
-                mask = np.ones(group.size, dtype=bool)
-                if group.name in names:
-                    place = places[group.size][(group.kind, group.size) if uniform else group.name]
-                    cuts = _cuts(group.size)
-                    cut = cuts[place // len(cuts) ** run % len(cuts)]
-                    removed = order[cut:] if others and cut else order[:cut]
-                    mask[removed[: group.size - group.at_least]] = False
-                kept.append(mask)
-            yield kept
+    digits = max([_digits(len(same), len(_cuts(size))) for size, same in places.items()], default=1)
+    are_few = any(len(same) > 1 and 0 in _cuts(size) for size, same in places.items())
+    # The digit of a place that chooses its width, what is added to the place, whether the other units are removed. Of
+    # groups that lose nothing, since there are few widths, others do in one more run.
+    runs = [
+        (0, 0, False),
+        (0, 0, True),
+        *([(0, 1, False)] if are_few else []),
+        *((d, 0, False) for d in range(1, digits)),
+    ]
+    for digit, shift, others in runs:
+        kept = []
+        for group, order in zip(structure.groups, orders, strict=True):
+            mask = np.ones(group.size, dtype=bool)
+            if group.name in names:
+                place = places[group.size][(group.kind, group.size) if uniform else group.name] + shift
+                cuts = _cuts(group.size)
+                cut = cuts[place // len(cuts) ** digit % len(cuts)]
+                removed = order[cut:] if others and cut else order[:cut]
+                mask[removed[: group.size - group.at_least]] = False
+            kept.append(mask)
+        yield kept
 
 
 def _cuts(size: int) -> list[int]:
-    """How many units may be removed of a group: about half of them first, none where there are few to choose from."""
-    low, high = (max(1, round(share * size)) for share in SHARES)
+    """How many units may be removed of a group: about half first, and none too where there are few to choose from."""
+    low, high = (1, size) if size <= SMALL else (round(share * size) for share in SHARES)
     cuts = sorted(range(low, min(high, size - 1) + 1), key=lambda cut: (abs(cut - size / 2), cut))
     return cuts if len(cuts) >= FEW else [*cuts, 0]
 
