@@ -1,18 +1,22 @@
 """Our samplers: on the budget, better than chance, learning from other runs; and an exact knapsack."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 
 from benchmarks.sampling import SyntheticSpace, run
 from prunefront.search.allocation import AllocationSampler, choose, rising
 from prunefront.search.budget import Limits
 from prunefront.search.coordinates import Coordinates
-from prunefront.search.problem import COST_SHARE, SHARES, Problem
+from prunefront.search.problem import ALL_SHARES, COST_SHARE, SHARES, Problem
 from prunefront.search.sampler import FIRST_TRIALS, Scored, SurrogateSampler, expected_improvement
-from prunefront.search.surrogate import Surrogate
+from prunefront.search.samplers import make_sampler, shares_for
+from prunefront.search.surrogate import Surrogate, transformed
+from prunefront.search.warm_start import Earlier
 
 
 def problem(groups: int = 6, share: float = 0.5) -> Problem:
@@ -141,7 +145,57 @@ def test_proposals_hold_the_budget_and_are_never_repeated():
     widths = np.array([row for _, row in asked])
     assert (sampler.problem.projector().excess(widths) <= 0).all()
     assert len({tuple(row) for row in widths[FIRST_TRIALS:].tolist()}) == 30 - FIRST_TRIALS
-    assert all(SHARES[0] <= value <= SHARES[1] for parameters, _ in asked for value in parameters.values())
+    low, high = sampler.problem.shares
+    assert all(low <= value <= high for parameters, _ in asked for value in parameters.values())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_the_plan_that_was_chosen_is_the_plan_that_is_tried(share, monkeypatch):
+    wide = replace(problem(share=share), shares=ALL_SHARES)
+    sampler, chosen = SurrogateSampler(wide, 0), []
+    for name in ("_random", "_best"):
+        plain = getattr(sampler, name)
+        monkeypatch.setattr(sampler, name, lambda *args, plain=plain: chosen.append(plain(*args)) or chosen[-1])
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for _ in range(40):
+        tried = ask(sampler, study)[1]
+        assert tried.tolist() == chosen[-1][0].tolist()
+
+
+def test_a_study_keeps_the_range_of_its_shares():
+    study = optuna.create_study()
+    assert shares_for("auto", study) == shares_for("allocation", study) == ALL_SHARES
+    assert shares_for("gp", study) == SHARES == shares_for(optuna.samplers.TPESampler(), study)
+    study.ask({COST_SHARE: FloatDistribution(0.3, 0.5), "g0": FloatDistribution(0.1, 1.0, log=True)})
+    assert shares_for("auto", study) == (0.1, 1.0)
+
+
+def test_a_sampler_that_is_given_draws_new_numbers_when_a_study_goes_on():
+    given = optuna.samplers.RandomSampler(seed=0)
+    first, *_ = (make_sampler(given, problem(), 5, 0, Earlier()) for _ in range(1))
+    drawn = [optuna.create_study(sampler=first).ask().suggest_float("x", 0, 1)]
+    for is_fresh in (True, False):
+        sampler = make_sampler(optuna.samplers.RandomSampler(seed=0), problem(), 5, 0, Earlier(), is_fresh)
+        drawn.append(optuna.create_study(sampler=sampler).ask().suggest_float("x", 0, 1))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_losses_of_nothing_do_not_spread_the_logarithms():
+    losses = np.array([0.5, 0.4, 0.3, 0.2, 1e-9, 0.0])
+    found = transformed(-losses)
+    assert np.isfinite(found).all() and found[:4].tolist() == pytest.approx((-np.log(losses[:4])).tolist())
+    assert found[4] == found[5] == pytest.approx(-np.log(1e-3 * np.median(losses)))
+
+
+def test_an_allocation_goes_on_from_the_start_that_was_tried_again():
+    sampler = AllocationSampler(problem(), 0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(sampler.problem.starts()[0])
+    killed = study.ask(sampler.problem.distributions)
+    study.tell(killed, state=optuna.trial.TrialState.FAIL)
+    study.enqueue_trial(killed.params)
+    widths = [ask(sampler, study)[1] for _ in range(10)]
+    assert len({tuple(row) for row in widths}) > 5
 
 
 def test_a_search_that_knows_earlier_plans_starts_where_they_are_good():

@@ -137,3 +137,52 @@ def test_bad_scores_are_refused():
     with pytest.raises(ValueError, match="one number a sample"):
         SampleScore([X], lambda output, _: output.mean())(linear(0))
     assert prunefront.Fidelity is Fidelity
+
+
+def test_a_single_output_is_no_class_and_is_compared_by_its_error():
+    dense, other = linear(0, outputs=1), linear(1, outputs=1)
+    score = Fidelity(dense, [X])
+    assert score.measures == ["mse"] and score(other) < -0.1
+    with pytest.raises(ConfigError, match="there is one output: take mse"):
+        Fidelity(dense, [X], measure="kl")
+
+
+def test_the_classes_of_dense_predictions_are_the_second_dimension():
+    class Segments(nn.Module):
+        def __init__(self, bias: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.out = nn.Conv2d(3, 4, 1)
+            with torch.no_grad():
+                self.out.bias[0] += bias
+
+        def forward(self, x):
+            return {"logits": self.out(x)}
+
+    x = torch.randn(4, 3, 6, 5)
+    dense, other = Segments(0.0), Segments(50.0)  # every pixel becomes class 0
+    p, q = (model(x)["logits"].log_softmax(1) for model in (dense, other))
+    expected = -F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean().item()
+    assert Fidelity(dense, [x])(other) == pytest.approx(expected, rel=1e-5) and expected < -1
+    assert -1e-6 < Fidelity(dense, [x])(dense) <= 0
+
+
+def test_all_outputs_with_numbers_for_every_sample_count():
+    class Two(nn.Module):
+        def __init__(self, one: int, other: int) -> None:
+            super().__init__()
+            self.one, self.other = linear(one), linear(other, outputs=1)
+
+        def forward(self, x):
+            return {"one": self.one(x), "other": self.other(x), "best": self.one(x).argmax(1), "norm": x.norm()}
+
+    score = Fidelity(Two(0, 0), [X])
+    assert score.measures == ["kl", "mse"]
+    alone = Fidelity(linear(0), [X])(linear(1)), Fidelity(linear(0, 1), [X])(linear(1, 1))
+    assert score(Two(1, 0)) == pytest.approx(alone[0]) and score(Two(0, 1)) == pytest.approx(alone[1])
+    assert score(Two(1, 1)) == pytest.approx(sum(alone))
+
+
+def test_batches_that_the_model_rejects_are_told_with_what_decides_its_arguments():
+    with pytest.raises(ConfigError, match=r"shapes \[\(400, 6\), \(400,\)\].*SampleScore\(arguments=\.\.\.\)"):
+        Fidelity(linear(0), [(X, torch.zeros(400))], arguments=2)

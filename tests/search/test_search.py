@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -16,7 +17,10 @@ from torch import nn
 import prunefront
 from prunefront.search import liveness, scores
 from prunefront.search import study as study_module
+from prunefront.search.candidates import Candidates
+from prunefront.search.study import Store, open_study, read_study
 from prunefront.spaces.errors import (
+    BudgetError,
     CalibrationError,
     ConfigError,
     ModelError,
@@ -141,7 +145,10 @@ def test_what_a_longer_search_removes_is_told_and_work_of_the_users_stays(tmp_pa
     calls = itertools.count()
 
     def found(n_trials: int) -> prunefront.Result:
-        return run(tmp_path, score=lambda model: next(calls), n_trials=n_trials, finalists=1)  # the last is the best
+        def score(model: nn.Module) -> float:  # the last is the best
+            return -1.0 if model[0].out_channels == 8 and model[3].out_channels == 12 else next(calls)
+
+        return run(tmp_path, score=score, n_trials=n_trials, finalists=1)
 
     def removed(result: prunefront.Result) -> list[str]:
         return [remark for remark in result.remarks if "removed" in remark]
@@ -223,14 +230,119 @@ def test_the_dense_model_is_scored_once_beside_what_was_found(tmp_path, capsys):
         return fidelity(candidate)
 
     found = [run(tmp_path, model=model, score=score, test=weight, n_trials=n) for n in (3, 4)][-1]
-    assert scored == [False] and model.training
+    assert scored == [False, False] and model.training  # once more to see that the score is the same
     assert found.dense["score"] == fidelity(make_model()) and found.dense["test"] == pytest.approx(weight(model))
     assert found.dense["macs"] == found.space.dense_cost.macs
     lines = str(found).splitlines()
     rows = lines[3 : 3 + len(found.front)]
     assert str(tmp_path) in lines[0] and lines[2].startswith("dense") and sum("* trial" in row for row in rows) == 1
     known = run(tmp_path / "known", model=model, score=score, dense={"score": 7.0}, show_progress_bar=True)
-    assert scored == [False] and known.dense["score"] == 7.0 and "6/6" in capsys.readouterr().out
+    assert scored == [False, False] and known.dense["score"] == 7.0 and "6/6" in capsys.readouterr().out
+
+
+def test_a_run_of_another_score_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(SearchError, match=r"dense model's score is 100, and in .* it was -?0: another score"):
+        run(tmp_path, score=lambda model: 100 + fidelity(model), n_trials=8)
+
+
+def test_what_fails_is_told_before_any_trial(tmp_path):
+    for options, told in (
+        ({"test": lambda model: None}, "test fails on the dense model"),
+        ({"budget": {"mac": "50%"}}, "unknown budget 'mac'"),
+        ({"budget": {"latency": "50%"}}, "needs timing="),
+    ):
+        with pytest.raises(PrunefrontError, match=told):
+            run(tmp_path / told.split()[0], **options)
+    with pytest.raises(BudgetError, match="latency is measured"):
+        prunefront.project(prunefront.discover(make_model(), INPUTS), {"latency": "10%"})
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="is a file, and a run needs a folder"):
+        run(tmp_path / "file")
+
+
+def test_errors_of_the_users_files_are_not_the_disks(tmp_path):
+    def gone(study, trial):
+        raise ConnectionError("tracker is down")
+
+    with pytest.raises(ConnectionError, match="tracker is down"):
+        run(tmp_path / "a", callbacks=[gone])
+
+    def score(model):
+        return fidelity(model) if model[0].out_channels == 8 else float(Path("/data/gone").read_text())
+
+    with pytest.raises(SearchError, match="trials all failed; the last one with FileNotFoundError"):
+        run(tmp_path / "b", score=score)
+
+
+def test_scores_that_are_not_finite_fail_and_the_search_goes_on(tmp_path):
+    values = prunefront.SampleScore(CALIBRATION, lambda output, batch: -output[:, 0].abs())
+    infinite = prunefront.SampleScore(
+        CALIBRATION, lambda output, batch: -output[:, 0].abs(), of_mean=lambda mean: mean if mean > -0.2 else -np.inf
+    )
+    told = [t.user_attrs.get("error") for t in run(tmp_path, score=values, guide="score", n_trials=8).study.trials]
+    assert not any(told)
+    found = [t.values for t in run(tmp_path / "b", score=infinite, guide="score", n_trials=12).study.trials if t.values]
+    assert found and np.isfinite(found).all()
+
+
+def test_a_finalist_that_fails_costs_no_other(tmp_path, caplog, monkeypatch):
+    plain, calls = Candidates.prepare, []
+
+    def prepare(self, plan, effort, *report):
+        calls.append(effort)
+        if effort == "thorough" and calls.count("thorough") == 1:
+            raise RuntimeError("loss is nan")
+        return plain(self, plan, effort, *report)
+
+    monkeypatch.setattr(Candidates, "prepare", prepare)
+    found = run(tmp_path, n_trials=8, finalists=3)
+    assert "has no score: RuntimeError: loss is nan" in caplog.text and (tmp_path / "result.json").exists()
+    assert found.best.path.exists()
+
+
+def test_what_was_saved_is_read_and_neither_repaired_nor_trained_again(tmp_path, monkeypatch):
+    first = run(tmp_path, n_trials=8)
+    weights = (first.best.path / "weights.safetensors").read_bytes()
+    folder = first.best.path / "finetuned" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "work.txt").write_text("dear to me")
+
+    def prepare(*_):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(Candidates, "prepare", prepare)
+    again = run(tmp_path, n_trials=8, test=fidelity)
+    assert again.best.name == first.best.name and again.best.metrics["test"] == pytest.approx(
+        fidelity(again.best.model())
+    )
+    assert (first.best.path / "weights.safetensors").read_bytes() == weights
+    assert (folder / "work.txt").read_text() == "dear to me" and not list(tmp_path.glob("front/.*"))
+
+
+def test_models_are_saved_over_damaged_ones_and_the_users_work_stays(tmp_path):
+    first = run(tmp_path, n_trials=8)
+    (first.best.path / "export").mkdir()
+    (first.best.path / "export" / "model.onnx").write_text("dear to me")
+    (first.best.path / "weights.safetensors").write_bytes(b"torn")
+    again = run(tmp_path, n_trials=8)
+    assert again.best.name == first.best.name and again.best.metrics["score"] == first.best.metrics["score"]
+    prunefront.load(again.best.path)
+    assert (first.best.path / "export" / "model.onnx").read_text() == "dear to me"
+    readable = [oct(path.stat().st_mode & 0o777) for path in first.best.path.glob("*.*")]
+    assert len(set(readable)) == 1  # weights too
+
+
+def test_starts_that_a_killed_session_has_left_out_are_put_there(tmp_path):
+    options = {"mode": "front", "budget": {"macs": "90%"}, "sampler": "auto"}
+    whole = run(tmp_path / "a", **options, n_trials=5)
+    (tmp_path / "b").mkdir()
+    study = open_study(Store(tmp_path / "b"), ["score", "macs"])
+    for trial in whole.study.trials[:2]:
+        study.enqueue_trial(trial.system_attrs["fixed_params"])
+    found = run(tmp_path / "b", **options, n_trials=5)
+    given = [[t.system_attrs["fixed_params"] for t in r.study.trials[:5]] for r in (whole, found)]
+    assert given[0] == given[1]
 
 
 def test_a_torn_journal_tail_is_cut_and_kept_beside_it(tmp_path):
@@ -240,6 +352,26 @@ def test_a_torn_journal_tail_is_cut_and_kept_beside_it(tmp_path):
         file.write(b'{"op_code": 5, "worker')
     assert len(run(tmp_path, n_trials=8).study.trials) == 8
     assert (tmp_path / "study.torn").read_bytes() == b'{"op_code": 5, "worker'
+
+
+def test_a_record_that_a_killed_process_left_unfinished_takes_none_of_the_others_along(tmp_path):
+    run(tmp_path)
+    study = read_study(tmp_path)
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b'{"op_code": 5, "worker')
+    study.enqueue_trial({})  # a process that lives on
+    assert len(read_study(tmp_path).trials) == 7
+    assert (tmp_path / "study.torn").read_bytes() == b'{"op_code": 5, "worker'
+
+
+def test_a_damaged_journal_is_told_as_such(tmp_path):
+    run(tmp_path)
+    lines = (tmp_path / "study.journal").read_bytes().splitlines(keepends=True)
+    (tmp_path / "study.journal").write_bytes(b"".join([*lines[:3], b'{"op_\n', *lines[3:]]))
+    with pytest.raises(StorageError, match=r"study.journal is damaged"):
+        read_study(tmp_path)
+    with pytest.raises(StorageError, match=r"study.journal is damaged"):
+        run(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
@@ -343,8 +475,8 @@ def test_a_space_brings_its_own_calibration(tmp_path):
 
 
 def test_a_failing_test_function_costs_no_model(tmp_path, caplog):
-    result = run(tmp_path, test=lambda model: float("nan"))
-    assert "test" not in result.best.metrics and "test returned nan" in caplog.text and "test" not in result.dense
+    result = run(tmp_path, test=lambda model: 1.0 if model[0].out_channels == 8 else float("nan"))
+    assert "test" not in result.best.metrics and "test returned nan" in caplog.text and result.dense["test"] == 1
     assert prunefront.load(tmp_path)
 
 

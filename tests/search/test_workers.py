@@ -21,7 +21,17 @@ from benchmarks.mariadb import is_installed, mariadb
 from benchmarks.postgresql import free_port, postgresql, programs
 from prunefront.search.engine import work
 from prunefront.search.liveness import OTHER_HOST_S, UNSIGNED_S, WORKER, is_alive, is_stale, this_process
-from prunefront.search.study import DRIVERS, Store, finished, join_study, open_study, read_study, release_stale
+from prunefront.search.study import (
+    DRIVERS,
+    MOST_TRIED,
+    Store,
+    ended,
+    finished,
+    join_study,
+    open_study,
+    read_study,
+    release_stale,
+)
 from prunefront.spaces.errors import SearchError, StorageError
 from tests.services import missing
 
@@ -88,6 +98,35 @@ def test_what_a_killed_process_tried_is_tried_again_once(tmp_path):
     release_stale(study)
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     assert study.ask().params == {} and study.trials[1].system_attrs["fixed_params"] == study.trials[0].params
+
+
+def test_a_plan_that_kills_its_processes_is_given_up(tmp_path, caplog):
+    study = open_study(Store(tmp_path), ["score"])
+    for tried in range(MOST_TRIED + 1):
+        worker = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE)
+        assert worker.stdout.readline() == b"asked\n"
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        release_stale(study)
+        waiting = [t for t in study.trials if t.state == TrialState.WAITING]
+        assert [t.user_attrs["tried"] for t in waiting] == ([tried + 1] if tried < MOST_TRIED else [])
+    assert ended(study.trials) == (1, 1) and "its process died 4 times in a row" in study.trials[-1].user_attrs["error"]
+
+
+def test_a_trial_that_others_have_given_up_ends_nothing(tmp_path, caplog):
+    """It took longer than anybody waits for a process on another machine."""
+    gone = []
+
+    def score(model):
+        study = read_study(tmp_path)
+        if not gone and len(finished(study)) == 2:
+            (running,) = [t for t in study.trials if t.state == TrialState.RUNNING]
+            gone.append(running.number)
+            study.tell(running.number, state=TrialState.FAIL)
+        return float(sum(p.sum() for p in model.parameters()))
+
+    result = prunefront.search(net(), **{**options(tmp_path, 6), "score": score, "guide": "score"})
+    assert gone and "another process has given it up" in caplog.text and len(finished(result.study)) == 6
 
 
 def test_a_process_that_joins_does_its_share_and_no_plan_is_scored_twice(tmp_path):
