@@ -61,7 +61,7 @@ def prepare_overrides(name: str, arguments: Sequence[str]) -> list[str]:
         overrides = ["json=true" if argument == "--json" else argument for argument in overrides]
     resumed = [a for a in overrides if a.startswith("resume=")]
     if resumed:
-        if name != "search" or {"-m", "--multirun"} & set(overrides):
+        if name != "search" or {"-m", "--multirun"} & set(flags):
             raise ConfigError("resume=RUN continues one run of the search command; it does not go with -m")
         overrides.remove(resumed[-1])
         run_dir = Path(resumed[-1].removeprefix("resume="))

@@ -16,7 +16,7 @@ from .modes import EagerMode
 
 #: Endings of the names of what Hugging Face models return beside their logits, and of what none is after.
 CACHES = ("past_key_values", "cache_params")
-BY_PRODUCTS = (*CACHES, "hidden_states", "hidden_state", "attentions", "router_logits", "router_probs")
+BY_PRODUCTS = (*CACHES, "hidden_states", "hidden_state", "attentions", "router_logits", "router_probs", "loss")
 
 
 @dataclass(frozen=True)
