@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 from ..search.engine import work
 from ..search.files import METRICS, read_json
 from ..search.latency import LatencyModel, Measurements
+from ..search.study import JOIN_WAIT_S
 from ..spaces import Space
 from ..spaces.errors import ConfigError, StorageError
 from .commands import LATENCY_FILE, search_options
@@ -47,7 +49,10 @@ def command(config: DictConfig) -> None:
 
 
 def known_latency(space: Space, run_dir: Path) -> LatencyModel:
-    """Raises StorageError where the search has not written it."""
+    """As the search writes it when it has measured. Raises StorageError where it does not within ``JOIN_WAIT_S``."""
+    deadline = time.monotonic() + JOIN_WAIT_S
+    while not (run_dir / LATENCY_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
     held = read_json(run_dir / LATENCY_FILE)
     try:
         return LatencyModel(space, Measurements.from_json(held, len(space.dimensions)))

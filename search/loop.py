@@ -24,7 +24,7 @@ from .liveness import WORKER, this_process
 from .problem import CRITERION, Problem
 from .racing import Raced
 from .scores import SampleScore
-from .study import DESCRIBED, PARTLY, STOPPED, ended, finished, first_by_plan, name_of, release_stale
+from .study import DESCRIBED, PARTLY, STOPPED, best_known, ended, finished, name_of, release_stale
 from .tuning import GivenUp, Watch
 from .warm_start import Earlier
 
@@ -167,7 +167,7 @@ class Loop:
             for key, excess in excesses.items():
                 trial.set_constraint(key, excess)
         cost = costs[self.problem.objective]
-        same = first_by_plan(finished(self.study)).get(plan.fingerprint)
+        same = best_known(finished(self.study), plan.fingerprint)
         if same is None:
             value = self.value(trial, plan, cost)
         else:

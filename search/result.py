@@ -230,7 +230,7 @@ def collect(
         SearchError: no trial was finished, or none holds the latency budget.
     """
     candidates = judge.candidates
-    trials = list(first_by_plan(finished(study)).values())
+    trials = first_by_plan(finished(study))
     if not trials:
         raise SearchError(f"no trial was finished in {run_dir}; {reason or 'allow more time'}")
     layers = _layers([t for t in trials if not is_estimate(t)], len(study.directions) > 1)

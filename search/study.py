@@ -128,11 +128,20 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def first_by_plan(trials: Iterable[optuna.trial.FrozenTrial]) -> dict[str, optuna.trial.FrozenTrial]:
-    """By the fingerprint of the plan, the first trial that scored it; an estimate only where no other has."""
-    return {
-        t.user_attrs["plan"]["fingerprint"]: t for t in sorted(trials, key=lambda t: (not is_estimate(t), -t.number))
-    }
+def best_known(trials: Iterable[optuna.trial.FrozenTrial], fingerprint: str) -> optuna.trial.FrozenTrial | None:
+    """The first trial that scored the plan; one whose value is an estimate only where no other has scored it."""
+    same = [t for t in trials if t.user_attrs["plan"]["fingerprint"] == fingerprint]
+    return min(same, key=is_estimate, default=None)
+
+
+def first_by_plan(trials: Iterable[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """Of every plan its trial, as :func:`best_known` has it."""
+    by_plan: dict[str, optuna.trial.FrozenTrial] = {}
+    for trial in trials:
+        known = by_plan.setdefault(trial.user_attrs["plan"]["fingerprint"], trial)
+        if is_estimate(known) and not is_estimate(trial):
+            by_plan[trial.user_attrs["plan"]["fingerprint"]] = trial
+    return list(by_plan.values())
 
 
 def is_estimate(trial: optuna.trial.FrozenTrial) -> bool:

@@ -18,7 +18,7 @@ from . import norms
 from .consumers import Call, Watcher, batch_norm_arguments, embedding_weight, sampled
 from .devices import batches_on, device_of
 from .errors import CalibrationError
-from .groups import Structure, groups_in
+from .groups import Structure, groups_in, is_squared
 from .inputs import Inputs
 from .surgery import tensors_of
 from .trace import evaluating
@@ -245,7 +245,8 @@ class _Collector(Watcher):
         self.generator = torch.Generator().manual_seed(seed)
 
     def consumer(self, call: Call) -> Any:
-        if not groups_in(self.structure.tensors[call.parameter][call.in_dim]):
+        layout = self.structure.tensors[call.parameter][call.in_dim]
+        if not groups_in(layout) or is_squared(layout):
             return call.run()
         moments = self.statistics.moments.get(call.parameter) or self._new(call)
         count = max(ROWS, ROWS_A_COLUMN * moments.columns) // self.batches + 1

@@ -241,6 +241,11 @@ def groups_in(layout: Layout) -> list[int]:
     return sorted({factor for term in layout for factor in term if factor >= 0})
 
 
+def is_squared(layout: Layout) -> bool:
+    """Whether a unit stands twice in a term, as where a tensor was multiplied with itself and flattened."""
+    return any(len(held := [factor for factor in term if factor >= 0]) > len(set(held)) for term in layout)
+
+
 def _base_names(facts: list[_Facts]) -> list[str]:
     hidden = [fact for fact in facts if fact.kind == "hidden"]
     return ["hidden" if hidden == [fact] else _base_name(fact) for fact in facts]

@@ -13,6 +13,7 @@ from torch import nn
 
 from .copying import copy_model
 from .devices import all_cuda_devices, device_of
+from .errors import ModelError
 from .groups import Kept, Structure
 from .huggingface import from_config
 from .inputs import Inputs, output_tensors
@@ -44,7 +45,7 @@ class Prover:
         if shapes_only:
             self._model, self._inputs = on_meta(model), inputs.map(_to_meta)
         else:
-            self._model, self._inputs = copy_model(model).double(), inputs.map(_to_double)
+            self._model, self._inputs = _copied(model).double(), inputs.map(_to_double)
             _stir(self._model)
 
     def failures(self, structure: Structure, dimensions: Iterable[Sequence[str]]) -> dict[str, str]:
@@ -157,6 +158,17 @@ class Prover:
             return outputs_of(model, self._inputs)
         with _double_by_default():  # tensors that the forward makes
             return [_real(leaf).double() for leaf in outputs_of(model, self._inputs)]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Raises ModelError where the model holds what Python cannot copy."""
+    try:
+        return copy_model(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied: {type(error).__name__}: {error}; candidates are copies of it, so keep what "
+            "cannot be copied out of its attributes, or give it a __deepcopy__"
+        ) from error
 
 
 class Comparable(EagerMode):

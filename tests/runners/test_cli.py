@@ -404,3 +404,39 @@ def test_commands_that_run_no_model_do_not_wait_for_torch(arguments, told, digit
     run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert told in run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_a_folder_of_ones_own_configurations_goes_anywhere_and_is_repeated(in_tmp, tiny, capsys):
+    (in_tmp / "own" / "space").mkdir(parents=True)
+    (in_tmp / "own" / "space" / "narrow.yaml").write_text("defaults:\n  - widths\n  - _self_\nround_to: 4\n")
+    options = [*tiny, "space=narrow", "tracker=none", "run_dir=n"]
+    assert main(["search", *options[:2], "--config-dir", "own", *options[2:]]) == 0
+    assert "4" in str(json.loads((in_tmp / "n/space.json").read_text())["search"]["space.round_to"])
+    shown = capsys.readouterr().out
+    more = next(line for line in shown.splitlines() if line.startswith("more"))
+    assert f"--config-dir {in_tmp}/own space=narrow" in more
+    done = int(more.rpartition("n_trials=")[2])
+    assert main([*shlex.split(more)[2:-1], f"n_trials={done // 2 + 1}"]) == 0
+    assert main(["search", "resume=n", f"n_trials={done // 2 + 2}"]) == 1
+    repeat = capsys.readouterr().err.partition("repeat: prunefront ")[2].strip()
+    assert "--config-dir" in repeat and main(shlex.split(repeat)) == 0
+    assert main(["finetune", "--config-dir", "own", "n", "finetune.epochs=1"]) == 0
+
+
+def test_an_interrupted_search_says_how_to_reach_what_was_wanted(in_tmp, tiny, capsys):
+    options = [text for text in tiny if not text.startswith("n_trials")]
+    assert main(["search", *options, "n_trials=1000", "patience=3", "tracker=none", "run_dir=a"]) == 0
+    assert "resume=a n_trials=1000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["/proc/nowhere", "file/a"])
+def test_what_cannot_be_written_is_an_error_without_a_traceback(in_tmp, tiny, capsys, path):
+    (in_tmp / "file").touch()
+    assert main(["search", *tiny, f"run_dir={path}"]) == 1
+    assert "cannot be read or written" in (shown := capsys.readouterr().err) and "Traceback" not in shown
+
+
+def test_the_version_and_near_misses_of_commands(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == "0.1.0"
+    assert main(["serach"]) == 2 and "did you mean search?" in capsys.readouterr().err
+    assert main(["worker", "runs/nope"]) == 1 and "runs/nope does not exist" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunefront
-from prunefront.spaces.errors import EmptySpaceError, TraceError
+from prunefront.spaces.errors import EmptySpaceError, ModelError, TraceError
 from prunefront.spaces.inputs import output_tensors
 from prunefront.spaces.sizes import TracedInt
 
@@ -246,6 +246,15 @@ def test_parameters_of_one_storage_are_all_used():
     assert check(model, X) == {"a": 8, "b": 6}
 
 
+def test_what_cannot_be_copied_is_told_with_what_to_do():
+    class Single:
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of me")
+
+    with pytest.raises(ModelError, match="cannot be copied: TypeError: there is one of me; .* __deepcopy__"):
+        prunefront.discover(mlp(layers, one=Single()), X)
+
+
 def test_an_error_of_the_forward_is_the_users():
     def forward(self, x):
         assert x.shape[0] == 99, "wrong batch"
@@ -327,6 +336,23 @@ def test_read_only_values_of_a_configuration_stay_as_they_are():
     )
     groups = check(transformers.FalconForCausalLM(config).eval(), TOKENS)
     assert any(re.search("mlp|h_to_4h", name) for name in groups)
+
+
+def test_a_tensor_times_itself_is_repaired_as_far_as_that_goes():
+    class Bilinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.out = nn.Conv2d(3, 8, 1), nn.Linear(64, 3)
+
+        def forward(self, x):
+            h = self.a(x).flatten(2)
+            return self.out((h @ h.transpose(1, 2)).flatten(1))
+
+    model, x = Bilinear(), torch.randn(64, 3, 4, 4)
+    for compensation in ("least_squares", "sequential"):
+        space = prunefront.discover(model, x[:2], calibration=[x, x], compensation=compensation)
+        assert space.apply(space.uniform(0.5))(x).shape == (64, 3)
 
 
 def test_statistics_of_a_norm_that_is_called_twice_are_those_of_both_calls():
