@@ -251,7 +251,7 @@ def test_what_cannot_be_copied_is_told_with_what_to_do():
         def __deepcopy__(self, memo):
             raise TypeError("there is one of me")
 
-    with pytest.raises(ModelError, match="cannot be copied: TypeError: there is one of me; .* __deepcopy__"):
+    with pytest.raises(ModelError, match=r"cannot be copied: TypeError: there is one of me; .* __deepcopy__"):
         prunefront.discover(mlp(layers, one=Single()), X)
 
 
