@@ -377,13 +377,9 @@ def _trials(structure: Structure, names: list[str], uniform: bool) -> Iterator[K
     digits = max([_digits(len(same), len(_cuts(size))) for size, same in places.items()], default=1)
     are_few = any(len(same) > 1 and 0 in _cuts(size) for size, same in places.items())
     # The digit of a place that chooses its width, what is added to the place, whether the other units are removed. Of
-    # groups that lose nothing, since there are few widths, others do in one more run.
-    runs = [
-        (0, 0, False),
-        (0, 0, True),
-        *([(0, 1, False)] if are_few else []),
-        *((d, 0, False) for d in range(1, digits)),
-    ]
+    # groups that lose nothing, since there are few widths to choose from, others do in two more runs.
+    runs = [(0, shift, others) for shift in range(1 + are_few) for others in (False, True)]
+    runs += [(digit, 0, False) for digit in range(1, digits)]
     for digit, shift, others in runs:
         kept = []
         for group, order in zip(structure.groups, orders, strict=True):
