@@ -18,6 +18,7 @@ from .dense import prepare
 from .devices import devices_of, placed
 from .display import console, errors
 from .making import chosen_budget, make_task, timing_of
+from .overrides import is_unused
 from .runs import DENSE
 
 
@@ -26,13 +27,10 @@ def command(config: DictConfig) -> None:
     run_dir, devices = Path(config.run_dir), devices_of(config)
     if len(devices) > 1 or config.workers not in (None, 1):
         raise ConfigError("a worker is one process on one device: start one for each, without workers=")
-    if not run_dir.exists():
-        raise StorageError(f"{run_dir} does not exist; expected the folder of a search, or what was copied of it")
     task = placed(make_task(config), devices[0] if devices else None)
     if task.trains and not (run_dir / DENSE / METRICS).exists():
-        raise StorageError(
-            f"{run_dir / DENSE} is missing: the task trains its model, so copy that folder of the search"
-        )
+        what = f"{run_dir} does not exist" if is_unused(run_dir) else f"{run_dir / DENSE} is missing"
+        raise StorageError(f"{what}: the task trains its model, so copy {DENSE}/ of the search's folder to there")
     with errors.status("preparing the dense model"):
         space = prepare(task, config, run_dir, config.start, joins=True)
     budget = chosen_budget(config)

@@ -408,10 +408,10 @@ def test_commands_that_run_no_model_do_not_wait_for_torch(arguments, told, digit
 
 def test_a_folder_of_ones_own_configurations_goes_anywhere_and_is_repeated(in_tmp, tiny, capsys):
     (in_tmp / "own" / "space").mkdir(parents=True)
-    (in_tmp / "own" / "space" / "narrow.yaml").write_text("defaults:\n  - widths\n  - _self_\nround_to: 4\n")
+    (in_tmp / "own" / "space" / "narrow.yaml").write_text("defaults:\n  - widths\n  - _self_\nround_to: 2\n")
     options = [*tiny, "space=narrow", "tracker=none", "run_dir=n"]
     assert main(["search", *options[:2], "--config-dir", "own", *options[2:]]) == 0
-    assert "4" in str(json.loads((in_tmp / "n/space.json").read_text())["search"]["space.round_to"])
+    assert "2" in str(json.loads((in_tmp / "n/space.json").read_text())["search"]["space.round_to"])
     shown = capsys.readouterr().out
     more = next(line for line in shown.splitlines() if line.startswith("more"))
     assert f"--config-dir {in_tmp}/own space=narrow" in more
