@@ -30,7 +30,7 @@ def command(config: DictConfig) -> None:
     task = placed(make_task(config), devices[0] if devices else None)
     if task.trains and not (run_dir / DENSE / METRICS).exists():
         what = f"{run_dir} does not exist" if is_unused(run_dir) else f"{run_dir / DENSE} is missing"
-        raise StorageError(f"{what}: the task trains its model, so copy {DENSE}/ of the search's folder to there")
+        raise StorageError(f"{what}: the task trains its model, so copy that folder of the search")
     with errors.status("preparing the dense model"):
         space = prepare(task, config, run_dir, config.start, joins=True)
     budget = chosen_budget(config)
