@@ -38,8 +38,6 @@ _CHANGED = (0.1, 0.3, 1.0)
 #: find. So first trials have up to half of their dimensions at a fifth, and so many of the proposals leap: a few
 #: dimensions, as many as these on average, by one of these logarithms.
 STARVED, STARVED_SHARE = 0.5, 0.2
-#: No proposal keeps a smaller share of a dimension than so much of the largest share.
-LEAST_SHARE = 0.05
 LEAPING, _LEAPERS, _LEAPS = POOL // 3, (1, 2, 3), (-1.5, -0.8, 0.8, 1.5)
 #: Lengths of steps along the slopes, and how many of the dimensions take part.
 _CLIMBS, _CLIMBING = (0.01, 0.5), (0.3, 1.0, 1.0)
@@ -131,7 +129,7 @@ class SurrogateSampler(BaseSampler):
         count = len(self.problem.space.dimensions)
         shares = np.exp(FIRST_SPREAD * rng.standard_normal(count))
         shares[rng.random(count) < rng.uniform(0, STARVED)] *= STARVED_SHARE
-        return projector.fill(_moderate(shares), self.problem.space.criteria[criterion]), criterion
+        return projector.fill(shares, self.problem.space.criteria[criterion]), criterion
 
     def _best(
         self, projector: Projector, scored: Scored, taken: Scored, rng: np.random.Generator
@@ -239,13 +237,8 @@ class SurrogateSampler(BaseSampler):
         for index, name in enumerate(self.problem.space.criteria):
             chosen = criteria == index
             if chosen.any():
-                widths[chosen] = projector.scale(_moderate(shares[chosen]), name)
+                widths[chosen] = projector.scale(shares[chosen], name)
         return widths
-
-
-def _moderate(shares: Array) -> Array:
-    """``shares (..., dimensions)`` of which none is below :data:`LEAST_SHARE` of the largest."""
-    return np.maximum(shares, LEAST_SHARE * shares.max(axis=-1, keepdims=True))
 
 
 def expected_improvement(means: Array, deviations: Array, incumbent: float) -> Array:
