@@ -127,12 +127,13 @@ class AllocationSampler(BaseSampler):
         Other plans that were given have no place; along a front none has, since their costs are others.
         """
         own = [t.number for t in trials if GIVEN not in t.system_attrs]
-        given = [] if self.problem.for_front or GIVEN not in trials[0].system_attrs else [trials[0]]
+        is_centre_given = not self.problem.for_front and GIVEN in trials[0].system_attrs
+        places = {number: place for place, number in enumerate(own, int(is_centre_given))}
+        if not is_centre_given:
+            return places
         # One whose process was killed has been given again.
-        given += [t for t in trials[1:] if given and GIVEN in t.system_attrs and t.values is not None]
-        centre = next((t for t in given if t.values is not None), given[0] if given else None)
-        places = {number: place for place, number in enumerate(own, len(given[:1]))}
-        return places if centre is None else {centre.number: 0} | places
+        centre = next((t for t in trials if GIVEN in t.system_attrs and t.values is not None), trials[0])
+        return {centre.number: 0} | places
 
     def _cost_share(self, place: int) -> float:
         return self._middle if place < self._round else self.problem.spread_cost_share(self.seed + place)

@@ -160,16 +160,9 @@ def _classes_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def _called(model: nn.Module, batch: Any, arguments: int) -> Any:
     """The output for a batch. Raises ConfigError where the model rejects it."""
-    inputs = inputs_of(batch, arguments)
-    try:
-        return inputs.call(model)
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
-        raise ConfigError(
-            f"the model rejects a batch of the data that score it (arguments of shapes {shapes}): "
-            f"{type(error).__name__}: {error}. Of a batch that is a tuple the first {arguments} are its arguments: "
-            "SampleScore(arguments=...)"
-        ) from error
+    advice = f"Of a batch that is a tuple the first {arguments} are its arguments: SampleScore(arguments=...)"
+    what = "a batch of the data that score it"
+    return inputs_of(batch, arguments).call_or_raise(model, ConfigError, what, advice)
 
 
 def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:

@@ -228,8 +228,9 @@ def release_stale(study: optuna.Study, idle: Mapping[str, Any] | None = None) ->
     durations = [t.duration.total_seconds() for t in finished(study) if t.duration is not None]
     usual = max(durations, default=0.0)
     for trial in running:
-        if is_stale(trial, usual) or (idle is not None and trial.user_attrs.get(WORKER) == idle):
-            tried = trial.user_attrs.get(TRIED, 0) + is_stale(trial, usual)
+        is_gone = is_stale(trial, usual)
+        if is_gone or (idle is not None and trial.user_attrs.get(WORKER) == idle):
+            tried = trial.user_attrs.get(TRIED, 0) + is_gone
             try:
                 if tried > MOST_TRIED:
                     reason = f"its process died {tried} times in a row: is there enough memory for this plan?"

@@ -320,14 +320,8 @@ def check_calibration(model: nn.Module, calibration: Calibration | None) -> None
 
 def call_with(model: nn.Module, inputs: Inputs) -> Any:
     """The output for a batch of calibration data. Raises CalibrationError where the model rejects it."""
-    try:
-        return inputs.call(model)
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in inputs.tensors()]
-        raise CalibrationError(
-            f"the model rejects a batch of calibration data (arguments of shapes {shapes}): {type(error).__name__}: "
-            f"{error}. Batches are the arguments of the model as example_inputs are, labels may follow"
-        ) from error
+    advice = "Batches are the arguments of the model as example_inputs are, labels may follow"
+    return inputs.call_or_raise(model, CalibrationError, "a batch of calibration data", advice)
 
 
 def recalibrate(

@@ -41,6 +41,15 @@ class Inputs:
         with nullcontext() if has_numbers else OrdinaryBranches():
             return model(*self.args, **(self.kwargs or {}))
 
+    def call_or_raise(self, model: nn.Module, error_type: type[Exception], what: str, advice: str) -> Any:
+        """As :meth:`call`; where the model rejects these arguments, ``error_type`` says so of ``what``."""
+        try:
+            return self.call(model)
+        except Exception as error:
+            shapes = [tuple(tensor.shape) for tensor in self.tensors()]
+            told = f"(arguments of shapes {shapes}): {type(error).__name__}: {error}. {advice}"
+            raise error_type(f"the model rejects {what} {told}") from error
+
     def map(self, function: Callable[[Any], Any]) -> Inputs:
         """``function`` applied to every leaf."""
         return Inputs(tree_map(function, self.args), None if self.kwargs is None else tree_map(function, self.kwargs))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -37,12 +39,12 @@ class ConsoleHandler(RichHandler):
 
 def show_load(folder: Path | str) -> None:
     """How a saved model is read from Python, and what has to be at hand for it."""
-    console.print(f"load    {load_line(folder)}", soft_wrap=True, highlight=False)
-
-
-def load_line(folder: Path | str) -> str:
-    """Python that reads the saved model in ``folder``."""
     plan = read_plan(resolve(Path(folder)))
+    console.print(f"load    {load_line(folder, plan)}", soft_wrap=True, highlight=False)
+
+
+def load_line(folder: Path | str, plan: Mapping[str, Any]) -> str:
+    """Python that reads the saved model in ``folder``, whose ``plan.json`` is ``plan``."""
     modules = own_modules(plan["structure"])
     first = f"import {', '.join(modules)}; " if modules else ""
     dense = ", model=dense_model" if plan["needs_dense_model"] else ""

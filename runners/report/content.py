@@ -84,7 +84,7 @@ def _model(run_dir: Path, entry: Mapping[str, Any], groups: Sequence[Mapping[str
         **_numbers(entry),
         "name": entry["name"],
         "folder": str(folder.relative_to(run_dir)),
-        "load": load_line(folder),
+        "load": load_line(folder, plan),
         "modules": f" 'modules=[{','.join(modules)}]'" if modules else "",
         "widths": [widths[group["name"]] for group in groups],
         "warnings": list(entry.get("latency_warnings", [])),
