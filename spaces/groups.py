@@ -155,11 +155,16 @@ def build_structure(trace: Trace) -> Structure:
     def owners(scope: Scope) -> tuple[Owner, ...]:
         return tuple(units[module] for module in scope if module in units)
 
+    def shared_owners(names: list[str]) -> tuple[Owner, ...]:
+        """What several blocks hold, such as a rotary embedding, goes with none of them."""
+        found = [owners(_parents(name)) for name in names]
+        return tuple(owner for owner in found[0] if all(owner in others for others in found))
+
     return Structure(
         groups=tuple(groups),
         frozen=_frozen(trace),
         tensors={name: layouts(label) for name, label in trace.parameters.items()},
-        owners={name: owners(_parents(name)) for name in trace.parameters},
+        owners={name: shared_owners(names) for name, names in trace.names.items()},
         work=tuple(Term(work.constant, layouts(work.dimensions), owners(work.scope)) for work in trace.work),
         live=tuple(
             Moment(tuple(Term(held.itemsize, layouts(held.label)) for held in moment.storages), owners(moment.scope))

@@ -1,8 +1,8 @@
 """A model's structure as JSON, and a model from that JSON, without pickle and without running any ``__init__``.
 
 A file may name only classes of Python modules that are imported already or belong to :data:`.trust.TRUSTED` packages,
-only :class:`torch.nn.Module` classes, and only functions of torch: a file from a stranger does not choose what code
-runs.
+only :class:`torch.nn.Module` classes and dataclasses, and only functions of torch: a file from a stranger does not
+choose what code runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import equivalents
 from .copying import copy_model
 from .errors import StorageError
+from .residual import Substitute
+from .sizes import NAMESPACES, fields_of, is_record, is_record_class, set_size
 from .surgery import tensors_of
 from .trust import SCRIPT, is_trusted
 
@@ -30,6 +33,8 @@ _CONFIG_CLASSES = {
 }
 _PLAIN = (bool, int, str, type(None))
 _BASE_STATE = frozenset(vars(nn.Module()))
+#: Records in records.
+_DEEPEST = 5
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -97,28 +102,68 @@ def rebuild(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 
 
 def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of the dense ``model`` that owns ``tensors`` and has the sizes of the described one.
+    """A copy of the dense ``model`` that owns ``tensors``, has the sizes of the described one and lacks its removed
+    blocks.
 
     Raises:
         StorageError: ``model`` has other modules or tensors than the described one.
     """
-    modules = dict(model.named_modules())
     entries = {entry["name"]: entry for entry in description["modules"]}
-    held = tensors_of(model)
-    if differing := sorted(set(held) ^ set(tensors)) or sorted(set(modules) ^ set(entries)):
-        raise StorageError(f"the saved model and the given one differ in {', '.join(differing[:5])}")
+    if any(entry["class"].startswith(f"{equivalents.__name__}:") for entry in entries.values()):
+        model = equivalents.replace(model)
     memo: dict[int, Any] = {}
-    for name, tensor in held.items():
-        memo[id(tensor)] = tensors[name]
-        if isinstance(tensor, nn.Parameter):
+    for name, tensor in tensors_of(model).items():
+        if name not in tensors:
+            memo[id(tensor)] = tensor  # it is about to be taken out
+        elif isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = tensors[name]
     filled = copy_model(model, memo).eval()
-    for name, module in filled.named_modules():
+    _take_out(filled, entries)
+    modules = dict(filled.named_modules())
+    if differing := sorted(set(tensors_of(filled)) ^ set(tensors)) or sorted(set(modules) ^ set(entries)):
+        raise StorageError(f"the saved model and the given one differ in {', '.join(differing[:5])}")
+    for name, module in modules.items():
         for key, encoded in entries[name]["attributes"].items():
-            value = None if _is_config_reference(encoded) else _decode(encoded)
-            if _is_size(value) and _is_size(getattr(module, key, None)):
-                setattr(module, key, value)
+            _refill_sizes(module, key, encoded)
     return filled
+
+
+def _take_out(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the described substitutes in the place of parts of layers, and shorten containers as described."""
+    for name, entry in entries.items():
+        parent, _, key = name.rpartition(".")
+        if entry["class"] == _path(Substitute) and name:
+            substitute = _new_module(entry, []).eval()
+            substitute._parameters.update(dict.fromkeys(entry["parameters"]))
+            model.get_submodule(parent)._modules[key] = substitute
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Sequential | nn.ModuleList) and name in entries:
+            for key in set(module._modules) - set(entries[name]["children"]):
+                del module._modules[key]
+
+
+def _refill_sizes(module: nn.Module, attribute: str, encoded: Any) -> None:
+    """Set what the description says of an integer, a tuple of integers, or the integers of a record or dictionary."""
+    held = getattr(module, attribute, None)
+    if _is_size(held):
+        value = None if _is_reference(encoded) else _decode(encoded)
+        if _is_size(value):
+            setattr(module, attribute, value)
+        return
+    is_described = isinstance(encoded, dict) and list(encoded) in (["record"], ["dict"])
+    sizes = {key: size for key, size in fields_of(held).items() if type(size) is int and is_described}
+    described = _described_fields(encoded) if sizes else {}
+    for key, size in sizes.items():
+        if type(described.get(key)) is int and described[key] != size:
+            set_size(module, f"{attribute}.{key}" if is_record(held) else f"{attribute}[{key}]", described[key])
+
+
+def _described_fields(encoded: dict[str, Any]) -> dict[Any, Any]:
+    """JSON values by the names of the fields."""
+    fields: dict[Any, Any] = encoded["record"]["attributes"] if "record" in encoded else dict(encoded["dict"])
+    return fields
 
 
 def _is_size(value: Any) -> bool:
@@ -150,20 +195,28 @@ def _is_config(value: Any) -> bool:
     return bool(names & _CONFIG_CLASSES)
 
 
-def _is_config_reference(value: Any) -> bool:
-    return isinstance(value, dict) and list(value) == ["config"]
+def _is_reference(value: Any) -> bool:
+    """Whether it describes a configuration or a record."""
+    return isinstance(value, dict) and list(value) in (["config"], ["record"])
 
 
-def _attributes(held: Any, name: str, configs: dict[int, int], left_out: list[str]) -> dict[str, Any]:
-    """JSON for the attributes of a module or configuration; names of those that have none go to ``left_out``."""
-    attributes = {}
+def _attributes(held: Any, name: str, configs: dict[int, int], left_out: list[str], depth: int = 0) -> dict[str, Any]:
+    """JSON for the attributes of a module, configuration or record; names of those that have none go to ``left_out``.
+
+    ``depth``: of records in records, which may refer to each other.
+    """
+    attributes: dict[str, Any] = {}
     for key, value in vars(held).items():
         if isinstance(held, nn.Module) and key in _BASE_STATE:
             if key.endswith("hooks") and value:
                 left_out.append(f"{name}.{key}".lstrip("."))
             continue
         try:
-            attributes[key] = {"config": configs[id(value)]} if id(value) in configs else _encode(value)
+            if is_record(value) and depth < _DEEPEST:
+                fields = _attributes(value, f"{name}.{key}", configs, left_out, depth + 1)
+                attributes[key] = {"record": {"class": _path(type(value)), "attributes": fields}}
+            else:
+                attributes[key] = {"config": configs[id(value)]} if id(value) in configs else _encode(value)
         except TypeError:
             left_out.append(f"{name}.{key}".lstrip("."))
     return attributes
@@ -174,7 +227,20 @@ def _set_attributes(held: Any, attributes: Mapping[str, Any], configs: list[Any]
         state = isinstance(held, nn.Module) and key in _BASE_STATE
         if key.startswith("__") or state or callable(getattr(type(held), key, None)):
             raise StorageError(f"the description sets the attribute {key!r}, which would change what code runs")
-        vars(held)[key] = configs[value["config"]] if _is_config_reference(value) else _decode(value)
+        vars(held)[key] = _resolved(value, configs) if _is_reference(value) else _decode(value)
+
+
+def _resolved(value: Mapping[str, Any], configs: list[Any]) -> Any:
+    """The configuration that is referred to, or a record, without running its ``__init__``."""
+    if "config" in value:
+        return configs[value["config"]]
+    path = value["record"]["class"]
+    cls: Any = next((cls for cls in NAMESPACES if _path(cls) == path), None) or _class(path)
+    if not is_record_class(cls) or hasattr(cls, "__del__"):
+        raise StorageError(f"the saved model uses {path}, which is no dataclass here")
+    record = cls.__new__(cls)
+    _set_attributes(record, value["record"]["attributes"], configs)
+    return record
 
 
 def _new_configs(entries: list[Mapping[str, Any]]) -> list[Any]:

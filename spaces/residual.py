@@ -8,6 +8,7 @@ output so, and a branch if its output is added to a tensor from which its input 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ _EXACT = {"add", "view", "_unsafe_view", "reshape", "permute", "transpose", "t",
 _EXACT |= {"unsqueeze", "squeeze", "contiguous", "native_dropout", "dropout", "relu", "lift_fresh"}
 _POOLS = {"max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "mean"}
 _NORMED = {"native_layer_norm", "_fused_rms_norm"}
+_PLAIN = (bool, int, float, str, type(None))
 _NEAR = {"mul", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm"}
 
 
@@ -129,10 +131,18 @@ class ModuleCalls:
 
 
 class Substitute(nn.Module):
-    """Stands for a removed part of a layer: hands on its first tensor argument (``skip``), or zeros of its shape."""
+    """Stands for a removed part of a layer: hands on its first tensor argument (``skip``), or zeros of its shape.
 
-    def __init__(self, skip: bool, length: int | None) -> None:
+    It has the plain attributes of the ``original`` and none of its parameters, since layers ask for both before they
+    call it (``self_attn.batch_first``, ``self_attn.in_proj_bias is None``).
+    """
+
+    def __init__(self, original: nn.Module, skip: bool, length: int | None) -> None:
         super().__init__()
+        state = vars(original).items()
+        vars(self).update({key: value for key, value in state if type(value) in _PLAIN and key not in vars(self)})
+        for name in original._parameters:
+            self.register_parameter(name, None)
         self.skip, self.length = skip, length
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,12 +179,12 @@ def find_stacks(model: nn.Module, calls: ModuleCalls) -> list[Stack]:
     # A sequence of blocks adds up as a whole too; what can go one by one are the blocks in it.
     sequences = {name.rpartition(".")[0] for name in blocks}
     blocks = {n: e for n, e in blocks.items() if n not in sequences or not isinstance(modules[n], nn.Sequential)}
-    layers = _outermost(name for name in blocks if _in_container(name, modules))
+    layers = _layers({name for name in blocks if _in_container(name, modules)}, modules)
     parts = _outermost(n for n in [*blocks, *branches] if n not in layers and _inside(n, layers))
     stacks: dict[tuple[str, type], list[str]] = {}
     for name in modules:
         if name in layers:
-            stacks.setdefault((name.rpartition(".")[0], type(modules[name])), []).append(name)
+            stacks.setdefault(_stack_of(name, modules), []).append(name)
     for name in modules:
         if name in parts:
             layer = next(layer for layer in layers if _inside(name, [layer]))
@@ -185,10 +195,29 @@ def find_stacks(model: nn.Module, calls: ModuleCalls) -> list[Stack]:
 
     def stack(name: str, units: list[str]) -> Stack:
         exact = all(blocks.get(unit, True) for unit in units)
-        substitutes = None if units[0] in layers else tuple(Substitute(u in blocks, lengths[u]) for u in units)
-        return Stack(name or "blocks", tuple(units), exact, substitutes)
+        if units[0] in layers:
+            return Stack(name or "blocks", tuple(units), exact, None)
+        substitutes = tuple(Substitute(modules[unit], unit in blocks, lengths[unit]) for unit in units)
+        return Stack(name, tuple(units), exact, substitutes)
 
     return [stack(name, units) for (name, _), units in stacks.items() if len(units) > 1]
+
+
+def _layers(candidates: set[str], modules: dict[str, nn.Module]) -> set[str]:
+    """The outermost of the candidates, but for those that are alone in their container around several others: a whole
+    encoder adds up to a residual block too."""
+    while True:
+        layers = _outermost(candidates)
+        counts = Counter(_stack_of(name, modules) for name in layers)
+        alone = {name for name in layers if counts[_stack_of(name, modules)] == 1}
+        wrappers = {name for name in alone if any(_inside(other, [name]) for other in candidates)}
+        if not wrappers:
+            return layers
+        candidates = candidates - wrappers
+
+
+def _stack_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, type]:
+    return name.rpartition(".")[0], type(modules[name])
 
 
 def _outermost(names: Iterable[str]) -> set[str]:

@@ -3,13 +3,22 @@
 While the model is traced, its integer attributes are replaced by integers that know where they come from. A call such
 as ``x.view(batch, length, self.num_heads, -1)`` then tells which dimension ``num_heads`` counts, without guessing from
 equal values; attributes that are only calculated with are told apart from those that are never read.
+
+An attribute is written as its module would: ``num_heads``, ``shape[0]`` of a tuple or list, ``config.num_heads`` of a
+record (see :func:`is_record`), ``sizes[heads]`` of a dictionary. Modules often share a record: each that reads a size
+from it gets its own.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +29,10 @@ CREATING = ("zeros", "ones", "empty", "full", "rand", "randn")
 CREATING_LIKE = ("new_zeros", "new_ones", "new_empty", "new_full")
 #: Module name and attribute.
 Site = tuple[str, str]
+_STATE = frozenset(vars(nn.Module()))
+NAMESPACES = (SimpleNamespace, Namespace)
+#: Dictionaries with more entries are vocabularies and the like.
+_MOST_FIELDS = 100
 
 
 class TracedInt(int):
@@ -82,6 +95,8 @@ def _replaced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> 
     replaced = []
     for name, module in modules.items():
         for attribute, value in list(vars(module).items()):
+            if attribute in _STATE:
+                continue
             tracked = _tracked(value, (name, attribute), calculated)
             if tracked is not value:
                 replaced.append((module, attribute, value, tracked))
@@ -95,25 +110,77 @@ def _replaced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> 
 
 
 def _tracked(value: Any, site: Site, calculated: set[Site]) -> Any:
-    """``value`` with its integers replaced: an integer, or those of a tuple or list."""
+    """``value`` with its integers replaced: an integer, or those of a tuple, list, record or dictionary."""
+    name, attribute = site
     if type(value) is int and value > 1:
         return TracedInt.of(value, site, calculated)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        name, attribute = site
         return type(value)(_tracked(item, (name, f"{attribute}[{i}]"), calculated) for i, item in enumerate(value))
-    return value
+    sizes = {key: size for key, size in fields_of(value).items() if type(size) is int and size > 1}
+    if not sizes:
+        return value
+    copied = copy.copy(value)
+    for key, size in sizes.items():
+        field = f"{attribute}.{key}" if is_record(value) else f"{attribute}[{key}]"
+        _set_field(copied, key, TracedInt.of(size, (name, field), calculated))
+    return copied
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is an object that holds fields and no more."""
+    return is_record_class(type(value))
+
+
+def is_record_class(cls: Any) -> bool:
+    """Whether it is a dataclass or the class of a namespace.
+
+    Configurations of Hugging Face are dataclasses too, but what they say follows all layers (:mod:`.huggingface`).
+    """
+    if cls in NAMESPACES:
+        return True
+    if not isinstance(cls, type) or not is_dataclass(cls) or issubclass(cls, nn.Module) or hasattr(cls, "model_type"):
+        return False
+    return cls.__new__ is object.__new__ and cls.__dictoffset__ != 0
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a record, or of a dictionary with names as keys; none of any other value."""
+    if type(value) is dict:
+        return value if len(value) <= _MOST_FIELDS and all(type(key) is str for key in value) else {}
+    return vars(value) if is_record(value) else {}
+
+
+def _set_field(held: Any, key: str, value: int) -> None:
+    """Past the ``__setattr__`` of frozen dataclasses."""
+    (held if type(held) is dict else vars(held))[key] = value
+
+
+def traced_in(module: nn.Module) -> Iterator[tuple[str, TracedInt]]:
+    """The traced integers among a module's attributes, and among the fields of those that are records."""
+    for attribute, held in vars(module).items():
+        if isinstance(held, TracedInt):
+            yield attribute, held
+        for value in fields_of(held).values() if attribute not in _STATE else ():
+            if isinstance(value, TracedInt):
+                yield value.site[1], value
 
 
 def set_size(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer attribute, or the element ``name[i]`` of a tuple or list."""
-    name, _, index = attribute.partition("[")
-    if not index:
-        setattr(module, name, value)
+    """Set an integer attribute, written as in :mod:`.sizes`. Tuples, lists, records and dictionaries are replaced."""
+    if attribute.isidentifier():
+        setattr(module, attribute, value)
         return
+    name = re.split(r"[.\[]", attribute, maxsplit=1)[0]
+    key = attribute[len(name) + 1 :].removesuffix("]" if attribute[len(name)] == "[" else "")
     held = getattr(module, name)
-    items = list(held)
-    items[int(index[:-1])] = value
-    setattr(module, name, type(held)(items))
+    if isinstance(held, tuple | list):
+        items = list(held)
+        items[int(key)] = value
+        setattr(module, name, type(held)(items))
+    else:
+        copied = copy.copy(held)
+        _set_field(copied, key, value)
+        setattr(module, name, copied)
 
 
 def bounds_in(index: Any, calculated: set[Site]) -> Iterator[Site]:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,12 @@ class Space:
         self._rankings = {name: Ranking(names, _orders(unit_scores(name, evidence))) for name in self.criteria}
         self.seconds["criteria"] = time.perf_counter() - started
         self.fingerprint = self._fingerprint()
+
+    def __repr__(self) -> str:
+        kinds = Counter(group.kind for group in self.groups)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        cost = self.dense_cost
+        return f"Space(groups: {counts}; frozen: {len(self.frozen)}; dense: {cost.macs:,} MACs, {cost.params:,} params)"
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -20,7 +20,7 @@ from .inputs import Inputs, output_tensors
 from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
 from .modes import EagerMode
 from .residual import ModuleCalls, Stack
-from .sizes import CREATING, CREATING_LIKE, Site, TracedInt, bounds_in, sizes_in_call, traced_integers
+from .sizes import CREATING, CREATING_LIKE, Site, bounds_in, sizes_in_call, traced_in, traced_integers
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class Trace:
     """Everything that one forward pass revealed. Labels are resolved when they are read."""
 
     parameters: dict[str, Label] = field(default_factory=dict)
+    #: By tensor, its names: modules may share it.
+    names: dict[str, list[str]] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
     live: list[Moment] = field(default_factory=list)
     #: Attributes whose meaning a rule knows.
@@ -186,8 +188,8 @@ class Call:
         """The forward used ``value`` as a size of ``dimension``: attributes that hold it follow its width."""
         if value > 1 and not is_frozen(dimension):
             module = self.recorder.modules.get(self.module)
-            for attribute, held in vars(module).items() if module is not None else ():
-                if isinstance(held, TracedInt) and held == value:
+            for attribute, held in traced_in(module) if module is not None else ():
+                if held == value:
                     self.recorder.trace.sites.append(IntegerSite(self.module, attribute, dimension, is_bound))
 
     def is_weight(self, argument: str) -> bool:
@@ -226,6 +228,10 @@ class Recorder(EagerMode):
             held = self._constants.setdefault(storage_key(tensor), [])
             held.append((start, start + tensor.nbytes, name))
             self._labels[tensor] = self.trace.parameters[name] = [fresh(length) for length in tensor.shape]
+        first = {id(tensor): name for name, tensor in self._state.items()}
+        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, tensor in every:
+            self.trace.names.setdefault(first[id(tensor)], []).append(name)
 
     def label(self, tensor: torch.Tensor) -> Label:
         """The label of ``tensor``; one that no rule has seen is fixed."""

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import prunefront
 from prunefront.spaces.errors import EmptySpaceError, ModelError, TraceError
 from prunefront.spaces.inputs import output_tensors
-from prunefront.spaces.sizes import TracedInt
+from prunefront.spaces.sizes import TracedInt, fields_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(12).reshape(2, 6) % 7
@@ -386,3 +387,121 @@ def test_statistics_of_a_norm_that_is_called_twice_are_those_of_both_calls():
     with torch.no_grad():
         error, of_statistics = ((found(x, y) - model(x, y)).norm() / model(x, y).norm() for found in whole)
     assert error < 1.05 * of_statistics < 0.2
+
+
+@dataclass(frozen=True)
+class Config:
+    n_head: int = 4
+    n_embd: int = 32
+    n_layer: int = 3
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+
+class ConfiguredAttention(nn.Module):
+    """Reads its sizes from what it was made of, as many a hand-written transformer does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        heads = self.config["n_head"] if isinstance(self.config, dict) else self.config.n_head
+        q, k, v = (part.view(batch, length, heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.out(mixed.reshape(batch, length, -1))
+
+
+class PropertyAttention(ConfiguredAttention):
+    def forward(self, x):
+        batch, length, _ = x.shape
+        shape = (batch, length, self.config.n_head, self.config.head_size)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Configured(nn.Module):
+    def __init__(self, config, attention=ConfiguredAttention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config, self.embedding, self.head = config, nn.Embedding(7, 32), nn.Linear(32, 5)
+        self.layers = nn.ModuleList(attention(config) for _ in range(3))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+CONFIGS = (Config(), SimpleNamespace(n_head=4), Namespace(n_head=4), {"n_head": 4})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_sizes_in_a_configuration_that_layers_share(config):
+    model = Configured(config).eval()
+    check(model, TOKENS)
+    space = prunefront.discover(model, TOKENS)
+    assert [group.kind for group in space.groups].count("head") == 3
+    candidate = space.slice(space.plan({"layers.0.heads": 1, "layers.1.heads": 3}))
+    counts = [fields_of(layer.config)["n_head"] for layer in candidate.layers]
+    assert counts == [1, 3, 4] and fields_of(config)["n_head"] == 4
+    assert all(layer.config is config for layer in model.layers)
+
+
+def test_sizes_that_a_configuration_derives():
+    model = Configured(Config(), PropertyAttention).eval()
+    check(model, TOKENS)
+    assert any(group.kind == "head" for group in prunefront.discover(model, TOKENS).groups)
+
+
+def test_a_vocabulary_is_no_configuration():
+    model = mlp(lambda self, x: self.c(self.b(self.a(x))), words={str(i): i for i in range(1000)})
+    assert fields_of(model.words) == {}
+    check(model, X)
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(32))
+        self.register_buffer("shift", torch.rand(32))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+class Rotated(nn.Module):
+    def __init__(self, rotary):
+        super().__init__()
+        self.rotary, self.up, self.down = rotary, nn.Linear(32, 16), nn.Linear(16, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.rotary(x))))
+
+
+def test_blocks_that_share_a_module_can_be_taken_out():
+    torch.manual_seed(0)
+    rotary = Rotary()
+    model = nn.Sequential(nn.Linear(4, 32), *(Rotated(rotary) for _ in range(3)), nn.Linear(32, 5)).eval()
+    check(model, X, uniform=False)
+    space = prunefront.discover(model, X)
+    (stack,) = (group for group in space.groups if group.kind == "block")
+    first_gone = space.plan({stack.name: 2})
+    assert space.cost(first_gone).params == sum(p.numel() for p in space.slice(first_gone).parameters())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_layers_of_an_encoder_that_is_itself_a_residual_block(norm_first, batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(7, 32), encoder, nn.Linear(32, 5)).eval()
+    check(model, TOKENS)
+    stacks = {group.name: group.exact for group in prunefront.discover(model, TOKENS).groups if group.kind == "block"}
+    assert stacks == {"1.layers": norm_first, "1.layers.*.self_attn": True}

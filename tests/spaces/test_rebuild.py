@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +141,69 @@ def test_damage_is_reported():
         del bad["modules"][1][key]
         with pytest.raises(StorageError, match="damaged"):
             rebuild(bad, {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)})
+
+
+@dataclass
+class Sizes:
+    heads: int = 4
+    act: object = None
+    inner: object = None
+
+
+class Attending(nn.Module):
+    """Of widths that a record says."""
+
+    def __init__(self, sizes, hidden=lambda x: x):
+        super().__init__()
+        self.sizes, self.hidden = sizes, hidden
+        self.embedding, self.value, self.out = nn.Embedding(7, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, tokens):
+        x = self.encoder(self.embedding(tokens))
+        x = self.value(x).view(*tokens.shape, self.sizes.heads, -1)
+        return self.out(x.softmax(-1).flatten(2))
+
+
+TOKENS = torch.arange(12).reshape(2, 6) % 7
+
+
+def pruned_attending(sizes):
+    model = Attending(sizes).eval()
+    space = prunefront.discover(model, TOKENS)
+    stack = {"encoder.layers": 2, "encoder.layers.*.self_attn": 1}
+    heads = {group.name: 2 for group in space.groups if group.kind == "head"}
+    candidate = space.slice(space.plan({**heads, **stack}))
+    assert "Substitute" in str(candidate)
+    return model, candidate, json.loads(json.dumps(describe(candidate)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(), Sizes(act=object()), Sizes(act=nn.GELU, inner=Sizes()), SimpleNamespace(heads=4)]
+)
+def test_records_and_removed_blocks_come_back(sizes):
+    model, candidate, description = pruned_attending(sizes)
+    assert "hidden" in description["left_out"]
+    with torch.no_grad():
+        again = refill(model, description, copied(candidate))
+        assert torch.equal(again(TOKENS), candidate(TOKENS))
+        # Alone too: the forward does not use what is left out.
+        assert torch.equal(rebuild(description, copied(candidate))(TOKENS), candidate(TOKENS))
+    assert model.sizes is sizes and len(model.encoder.layers) == 3
+
+
+def test_records_that_hold_each_other_end():
+    sizes = Sizes()
+    sizes.inner = sizes
+    _, candidate, description = pruned_attending(sizes)
+    assert any(name.endswith("inner.inner") for name in description["left_out"])
+    assert torch.equal(rebuild(description, copied(candidate))(TOKENS), candidate(TOKENS))
+
+
+@pytest.mark.parametrize("path", ["subprocess:Popen", "pathlib:Path", "torch.nn:Linear", "builtins:dict"])
+def test_a_record_is_a_dataclass(path):
+    description = describe(nn.Sequential(nn.ReLU()))
+    description["modules"][1]["attributes"] = {"x": {"record": {"class": path, "attributes": {"args": 1}}}}
+    with pytest.raises(StorageError, match="no dataclass"):
+        rebuild(description, {})
