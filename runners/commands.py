@@ -70,6 +70,8 @@ def search(config: DictConfig) -> float:
     result = searched(config, budget, task, run_dir, config.start, keep)
     logger.info("%s", result)
     show_result(result, read_run(run_dir), config.n_trials)
+    if result.is_interrupted:
+        raise KeyboardInterrupt  # what comes next in a script or a multirun was not meant to run
     return result.best.metrics["score"]
 
 

@@ -52,6 +52,8 @@ def command(config: DictConfig) -> None:
         folder = run_dir / f"round{number}"
         console.print(f"round {number} of {config.rounds}: {described(limits, dense)}", style="bold")
         result = searched(config, limits, task, folder, start, keep)
+        if result.is_interrupted:
+            raise KeyboardInterrupt
         picked = result.best.name
         (found,) = trained(config, task, folder, [picked], history).values()
         history.append(

@@ -151,10 +151,10 @@ def search(
     those below the median of the others after as many steps. An existing ``run_dir`` of the same model and search is
     continued until it has ``n_trials`` finished trials. ``storage``: a database for the study instead of the run's own
     journal (``postgresql://...``, ``mysql://...``, or ``grpc://host:port`` of Optuna's proxy). Others join with
-    :func:`work`. Ctrl-C ends the search with what was found. ``callbacks`` are called with ``(study, trial)`` as in
-    Optuna, ``before_trials`` with the study once ``run_dir`` is known to be this search's, ``before_judging`` once all
-    trials are done: models are measured and scored in this process alone. ``judging`` is then told how many of how many
-    models are done. ``show_progress_bar`` as in Optuna.
+    :func:`work`. Ctrl-C ends the search with what was found (``is_interrupted`` of the result). ``callbacks`` are
+    called with ``(study, trial)`` as in Optuna, ``before_trials`` with the study once ``run_dir`` is known to be this
+    search's, ``before_judging`` once all trials are done: models are measured and scored in this process alone.
+    ``judging`` is then told how many of how many models are done. ``show_progress_bar`` as in Optuna.
 
     Raises:
         BudgetError, CalibrationError, TraceError, EmptySpaceError, ConfigError: see their messages; all before the
@@ -275,7 +275,7 @@ class _Prepared:
             verification = Verification(self.timing, limits.values[LATENCY_COLUMN], self.inputs)
         judge = Judge(loop.candidates, loop.guided, self.inputs, test, verification)
         keep_copy(loop.study, self.store)
-        return collect(
+        result = collect(
             self.store.run_dir,
             loop.study,
             judge,
@@ -286,6 +286,7 @@ class _Prepared:
             judging,
             dense,
         )
+        return replace(result, is_interrupted=loop.is_interrupted)
 
 
 def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:

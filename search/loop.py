@@ -58,6 +58,7 @@ class Loop:
         #: Costs and values by sample of the best that this process has scored on all samples, see :meth:`keep`.
         self.samples: list[tuple[float, Raced]] = []
         self.reason = ""
+        self.is_interrupted = False
 
     def trials(
         self, n_trials: int, timeout_s: float | None, patience: int | None, callbacks: Sequence[Callback]
@@ -75,6 +76,7 @@ class Loop:
                     logger.info("no better plan for %d trials: the search ends", patience)
                     break
         except KeyboardInterrupt:
+            self.is_interrupted = True
             logger.warning("interrupted; ending with what was found")
         self.tell(callbacks)
 

@@ -89,6 +89,8 @@ class Result:
     has_budget: bool
     #: What a table of the front leaves open.
     remarks: tuple[str, ...] = ()
+    #: Whether Ctrl-C ended the trials.
+    is_interrupted: bool = False
 
     def __repr__(self) -> str:
         texts = {key: text for key, text in _SHOWN.items() if key in self.best.metrics}

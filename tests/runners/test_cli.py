@@ -15,6 +15,7 @@ import prunefront
 from prunefront.runners import commands, dense
 from prunefront.runners.cli import COMMANDS, main
 from prunefront.search.front import picked_by
+from prunefront.search.loop import Loop
 from prunefront.search.study import finished, read_study
 from tests.processes import environment
 
@@ -427,6 +428,25 @@ def test_an_interrupted_search_says_how_to_reach_what_was_wanted(in_tmp, tiny, c
     options = [text for text in tiny if not text.startswith("n_trials")]
     assert main(["search", *options, "n_trials=1000", "patience=3", "tracker=none", "run_dir=a"]) == 0
     assert "resume=a n_trials=1000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["search", "rounds"])
+def test_ctrl_c_shows_what_was_found_and_ends_scripts(in_tmp, tiny, capsys, monkeypatch, command):
+    plain, told = Loop.one, []
+
+    def interrupted(loop):
+        told.append(1)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return plain(loop)
+
+    monkeypatch.setattr(Loop, "one", interrupted)
+    assert main([command, *tiny, "tracker=none", "run_dir=a"]) == 130
+    shown = capsys.readouterr()
+    assert "interrupted; what is finished is kept" in shown.err
+    assert command == "rounds" or "prunefront search resume=a" in shown.out
+    assert not (in_tmp / "a" / "round2").exists()
+    assert any(in_tmp.glob("a/**/result.json"))
 
 
 @pytest.mark.parametrize("path", ["/proc/nowhere", "file/a"])

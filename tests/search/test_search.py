@@ -206,6 +206,7 @@ def test_interrupting_keeps_what_was_found(tmp_path):
 
     result = run(tmp_path, score=score, n_trials=50)
     assert sum(t.state.name == "COMPLETE" for t in result.study.trials) >= 3
+    assert result.is_interrupted and not run(tmp_path, n_trials=4).is_interrupted
 
 
 def test_a_run_of_another_model_is_refused(tmp_path):
