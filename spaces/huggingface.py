@@ -86,7 +86,8 @@ def _follow_depth(config: Any, original: Any, group: Group, mask: Any) -> None:
         if getattr(original, key, None) == group.size and not of_other:
             setattr(config, key, int(mask.sum()))
     for key, value in vars(original).items():
-        if isinstance(value, list) and len(value) == group.size:
+        is_of_layers = "layer" in key and not key.endswith(("token_id", "token_ids"))  # others may be as long by chance
+        if is_of_layers and isinstance(value, list) and len(value) == group.size:
             setattr(config, key, [value[unit] for unit in np.flatnonzero(mask)])
 
 

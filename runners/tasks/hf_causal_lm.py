@@ -16,14 +16,12 @@ from .base import Task
 from .huggingface import (
     AUTOCAST,
     at_least,
-    check_length,
     check_precision,
     check_source,
-    check_vocabulary,
     checked,
-    config_for,
     make,
     make_trained,
+    sized_config,
     takes,
 )
 from .texts import Packed, hold_out, packed, read_domains, same_files
@@ -72,10 +70,7 @@ def hf_causal_lm(
     same_files({"train": train, "search": search, "test": test})
     texts = read_domains(train, "train")
     vocabulary = make_vocabulary(tokenizer, model, vocab_size, texts.values())
-    implied = {"vocab_size": vocabulary.size, "max_position_embeddings": sequence_length}
-    found = config_for(model, config, **implied, bos_token_id=None, eos_token_id=None)
-    check_vocabulary(found, vocabulary.size)
-    check_length(found, sequence_length)
+    found = sized_config(AUTO, model, config, vocabulary.size, sequence_length, bos_token_id=None, eos_token_id=None)
     extra = {"use_cache": False} if takes(AUTO, found, "use_cache") else {}
     splits = sequences(texts, search, test, vocabulary, sequence_length, held_out)
     data = {name: Packed(domains, batch_size, extra, splits["search"]) for name, domains in splits.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,12 @@ from .batches import Batches
 from .huggingface import (
     AUTOCAST,
     at_least,
-    check_length,
     check_precision,
     check_source,
-    check_vocabulary,
-    config_for,
     make,
     make_trained,
+    set_padding,
+    sized_config,
 )
 from .texts import paths_of, rows_of_dataset, same_files
 from .vocabulary import Vocabulary, make_vocabulary
@@ -76,18 +76,17 @@ def hf_text_classification(
         for split, source in sources.items()
         if source or split == "train"
     }
+    labels = sorted(set(tables["train"].labels))
     if "search" not in tables:
         tables["train"], tables["search"] = hold_out(tables["train"], held_out, seed)
     vocabulary = make_vocabulary(tokenizer, model, vocab_size, tables["train"].texts, whole_texts=True)
-    labels = sorted(set(tables["train"].labels))
-    implied = {"vocab_size": vocabulary.size, "max_position_embeddings": sequence_length, "num_labels": len(labels)}
-    found = config_for(model, config, **implied, pad_token_id=vocabulary.pad)
-    check_vocabulary(found, vocabulary.size)
-    check_length(found, sequence_length)
+    implied = {"num_labels": len(labels), "pad_token_id": vocabulary.padding}
+    found = sized_config(AUTO, model, config, vocabulary.size, sequence_length, **implied)
+    padding = set_padding(found, vocabulary.padding)
     known = labels_of(found, labels)
     found.problem_type = "single_label_classification"
     data = {
-        split: Texts(*encoded(table, vocabulary, known, sequence_length, split), batch_size, vocabulary.padding)
+        split: Texts(*encoded(table, vocabulary, known, sequence_length, split), batch_size, padding)
         for split, table in tables.items()
     }
     made = partial(make, AUTO, model, found, dtype, seed)
@@ -134,7 +133,8 @@ def read_table(source: Any, key: str, text_column: str, label_column: str) -> Ta
 
 def read_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
     """Text and label of every row of a table. Raises ConfigError for what is no such table."""
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 characters of a field that it allows
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin a file with a mark
         separator = SEPARATORS.get(path.suffix)
         rows = csv.DictReader(file, delimiter=separator) if separator else map(json.loads, filter(str.strip, file))
         try:
@@ -161,34 +161,47 @@ def hold_out(table: Table, share: float, seed: int) -> tuple[Table, Table]:
 
 
 def labels_of(config: Any, labels: list[str]) -> dict[str, int]:
-    """Classes by label: the names that the configuration has for its classes, else the sorted labels of the training
-    data, which are written into it.
+    """Classes by label: the names that the configuration has for its classes, in any case of letters, or their numbers.
+    Where it has none, the sorted labels of the training data are written into it.
 
     Raises:
-        ConfigError: there are more labels than classes.
+        ConfigError: the labels do not tell which class is which.
     """
     named = {str(name): int(index) for name, index in (config.label2id or {}).items()}
-    if set(labels) <= named.keys():
-        return named
-    if all(label.isdigit() and int(label) < config.num_labels for label in labels):
-        return {str(index): index for index in range(config.num_labels)}
-    if len(labels) > config.num_labels:
-        raise ConfigError(
-            f"the data has {len(labels)} labels ({', '.join(labels[:5])}, ...), and the model {config.num_labels} "
-            f"classes ({', '.join(list(named)[:5])})"
-        )
-    found = {label: index for index, label in enumerate(labels)}
-    config.label2id, config.id2label = found, {index: label for label, index in found.items()}
-    return found
+    known = {name.casefold(): index for name, index in named.items()} | named
+    numbers = {str(index): index for index in range(config.num_labels)}
+    for classes in (known, numbers):
+        if all(class_of(label, classes) is not None for label in labels):
+            return classes
+    if named == {f"LABEL_{index}": index for index in numbers.values()} and len(labels) == config.num_labels:
+        found = {label: index for index, label in enumerate(labels)}
+        config.label2id, config.id2label = found, {index: label for label, index in found.items()}
+        return found
+    names = _some(sorted(named, key=named.__getitem__))
+    raise ConfigError(
+        f"the data has {len(labels)} labels ({_some(labels)}), and the model {config.num_labels} classes "
+        f"({names}): which is which? Rename the labels in the data to the model's, or to the numbers of its "
+        f"classes, 0 to {config.num_labels - 1}; for a new model, leave out what task.config says about labels"
+    )
+
+
+def class_of(label: str, classes: Mapping[str, int]) -> int | None:
+    """That of the label, else of what differs from it in the case of letters alone; or None."""
+    return classes.get(label, classes.get(label.casefold()))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5] + ["..."] * (len(names) > 5))
 
 
 def encoded(
     table: Table, vocabulary: Vocabulary, known: Mapping[str, int], length: int, split: str
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every text, cut to ``length``, and classes. Raises ConfigError for a label that is not known."""
-    if unknown := sorted(set(table.labels) - known.keys()):
-        raise ConfigError(f"task.{split} has labels that training does not know: {', '.join(unknown[:5])}")
-    classes = [known[label] for label in table.labels]
+    if unknown := sorted(label for label in set(table.labels) if class_of(label, known) is None):
+        raise ConfigError(f"task.{split} has labels that training does not know: {_some(unknown)}")
+    classes = [known[label] if label in known else known[label.casefold()] for label in table.labels]
     if vocabulary.start is None and vocabulary.tokenizer is not None:
         ids = vocabulary.tokenizer(table.texts, truncation=True, max_length=length)["input_ids"]
         return ids, classes

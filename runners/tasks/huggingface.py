@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def check_source(model: str | None, config: Mapping[str, Any] | None) -> None:
 def config_for(model: str | None, config: Mapping[str, Any] | None, **implied: Any) -> Any:
     """The configuration of the checkpoint ``model``, or a new one of ``config["model_type"]`` with other values.
 
-    ``implied`` are set too where the user has given none of them; only for new models.
+    ``implied`` are set too where the user has given none of them, under no name; only for new models.
 
     Raises:
         ConfigError: a model type or key does not exist.
@@ -49,7 +50,53 @@ def config_for(model: str | None, config: Mapping[str, Any] | None, **implied: A
     plain = library.AutoConfig.for_model(kind)
     if unknown := [key for key in config if not hasattr(plain, key)]:
         raise ConfigError(f"the configuration of {kind} has no {', '.join(unknown)}; it has {_keys(plain)}")
-    return library.AutoConfig.for_model(kind, **{k: v for k, v in implied.items() if hasattr(plain, k)} | config)
+    names = plain.attribute_map
+    given = {names.get(key, key) for key in config}
+    added = {k: v for k, v in implied.items() if hasattr(plain, k) and names.get(k, k) not in given}
+    return library.AutoConfig.for_model(kind, **added | config)
+
+
+def sized_config(
+    auto: str, model: str | None, config: Mapping[str, Any] | None, vocab_size: int, length: int, **implied: Any
+) -> Any:
+    """As :func:`config_for`; a new model gets room for ``vocab_size`` tokens and texts of ``length``; others must have
+    it.
+
+    Raises:
+        ConfigError: the model knows fewer tokens or has fewer positions, or a model type or key does not exist.
+    """
+    implied["vocab_size"] = vocab_size
+    before = positions_before_text(auto, config_for(model, config, **implied))
+    found = config_for(model, config, **implied, max_position_embeddings=length + before)
+    check_vocabulary(found, vocab_size)
+    check_length(found, length, before)
+    return found
+
+
+def positions_before_text(auto: str, config: Any) -> int:
+    """Positions that no token takes: RoBERTa and its kin count from behind the padding id on."""
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers(), auto).from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception:  # what a model's class refuses is told when it is made
+        return 0
+    tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
+    return max(
+        (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0
+    )
+
+
+def set_padding(config: Any, padding: int) -> int:
+    """The id that fills up short texts: that of the configuration, else ``padding``, which is written into it.
+
+    Models that read whole texts look there for the last token of a text.
+    """
+    inner = config.get_text_config()
+    own = getattr(inner, "pad_token_id", None)
+    if type(own) is int and 0 <= own < inner.vocab_size:
+        return own
+    config.pad_token_id = inner.pad_token_id = padding
+    return padding
 
 
 def make(auto: str, model: str | None, config: Any, dtype: str, seed: int) -> nn.Module:
@@ -63,7 +110,7 @@ def make(auto: str, model: str | None, config: Any, dtype: str, seed: int) -> nn
         if model is None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                return cls.from_config(config, trust_remote_code=False).to(DTYPES[dtype]).eval()
+                return cls.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
         loaded: nn.Module
         loaded, report = cls.from_pretrained(
             model,
@@ -73,7 +120,7 @@ def make(auto: str, model: str | None, config: Any, dtype: str, seed: int) -> nn
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(
             f"{model or config.model_type} cannot be loaded by {auto} (weights must be safetensors, and need no code "
             f"of their own): {error}"
@@ -132,11 +179,11 @@ def check_vocabulary(config: Any, size: int) -> None:
         )
 
 
-def check_length(config: Any, length: int) -> None:
-    """Raises ConfigError if the model has fewer positions than ``length``."""
+def check_length(config: Any, length: int, before: int = 0) -> None:
+    """Raises ConfigError if the model has fewer positions than ``length``, and the ``before`` that no token takes."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if type(positions) is int and length > positions:
-        raise ConfigError(f"task.sequence_length={length} is longer than the model's {positions} positions")
+    if type(positions) is int and length > positions - before:
+        raise ConfigError(f"task.sequence_length={length} is longer than the model's {positions - before} positions")
 
 
 def _keys(config: Any) -> str:

@@ -35,14 +35,15 @@ class Vocabulary:
     encode: Callable[[list[str]], list[list[int]]]
     pad: int | None = None
     start: int | None = None
-    #: Of Hugging Face, where there is one; it is saved beside an exported model.
+    #: Of Hugging Face, where there is one; ``export_huggingface`` takes it, to be saved beside a model.
     tokenizer: Any = None
 
     @property
     def padding(self) -> int:
-        """What fills up short texts; attention masks tell it from text."""
-        own = self.pad if self.pad is not None else getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if own is None else int(own)
+        """What fills up short texts where the model's configuration does not say; as is usual, the end of a text where
+        there is no token for it."""
+        candidates = (self.pad, *(getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")))
+        return next((int(token) for token in candidates if token is not None), 0)
 
     def tokens(self, text: str) -> Iterator[list[int]]:
         """Those of a long text, chunk by chunk."""
@@ -72,8 +73,7 @@ def make_vocabulary(
     if name is None:
         name = model if model is not None else BYTES
     if name == BYTES:
-        pad, start = (256, 257) if whole_texts else (None, None)
-        return Vocabulary(258 if whole_texts else 256, lambda given: [list(t.encode()) for t in given], pad, start)
+        return _whole_bytes() if whole_texts else Vocabulary(256, lambda given: [list(t.encode()) for t in given])
     tokenizer = _trained(size, texts) if name == BPE else from_checkpoint(name)
 
     def encode(given: list[str]) -> list[list[int]]:
@@ -82,6 +82,11 @@ def make_vocabulary(
 
     pad, start = [tokenizer.convert_tokens_to_ids(token) if name == BPE else None for token in (PAD, START)]
     return Vocabulary(len(tokenizer), encode, pad, start, tokenizer)
+
+
+def _whole_bytes() -> Vocabulary:
+    """Bytes, with NUL as 256: the id that pads must be small, since some models count positions from it on."""
+    return Vocabulary(258, lambda given: [[byte or 256 for byte in text.encode()] for text in given], pad=0, start=257)
 
 
 def from_checkpoint(name: str) -> Any:

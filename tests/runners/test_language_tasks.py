@@ -186,12 +186,135 @@ def test_padding_changes_no_answer_and_accuracy_counts_them(folder):
     for batch in task.score.batches:
         for row in range(len(batch["labels"])):
             ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-            assert ids[0] == 257 and 256 not in ids  # starts with the special token, and has no padding
+            assert ids[0] == 257 and 0 not in ids  # starts with the special token, and has no padding
             with torch.no_grad():
                 answer = model(input_ids=ids[None]).logits.argmax(-1).item()
             right, total = right + (answer == batch["labels"][row].item()), total + 1
     assert total == 60 and task.score(model) == pytest.approx(right / total) and right / total > 0.75
     assert model.config.label2id == {"none": 0, "some": 1}
+
+
+@pytest.fixture(scope="module")
+def sentiments(tmp_path_factory):
+    """A checkpoint whose classes are not in the order of their names."""
+    folder = tmp_path_factory.mktemp("sentiments")
+    names = dict(enumerate(["POSITIVE", "NEUTRAL", "NEGATIVE"]))
+    sizes = {key: value for key, value in BERT.items() if key != "model_type"}
+    config = transformers.BertConfig(
+        **sizes, vocab_size=258, max_position_embeddings=8, id2label=names, label2id={n: i for i, n in names.items()}
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def table(path, labels, texts=("red", "blue", "green"), encoding="utf-8"):
+    """Ten rows a label."""
+    rows = [f"{text},{label}" for text, label in zip(texts, labels, strict=False)]
+    path.write_text("\n".join(["text,label", *rows * 10]), encoding=encoding)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [(("positive", "neutral", "Negative"), [0, 1, 2]), (("negative", "positive"), [2, 0]),
+                            (("2", "0", "1"), [2, 0, 1])],
+)  # fmt: skip
+def test_classes_of_a_trained_checkpoint_keep_their_names(sentiments, tmp_path, labels, classes):
+    task = classification(
+        tmp_path, config=None, model=str(sentiments), train=table(tmp_path / "a.csv", labels), sequence_length=8
+    )
+    assert task.make_model().config.id2label == {0: "POSITIVE", 1: "NEUTRAL", 2: "NEGATIVE"}
+    seen = {bytes(row[1:4].tolist()): label for batch in task.training(0) for row, label in by_row(batch)}
+    assert [seen[text] for text in (b"red", b"blu", b"gre")[: len(classes)]] == classes
+
+
+def by_row(batch):
+    return zip(batch["input_ids"], batch["labels"].tolist(), strict=True)
+
+
+def test_labels_that_do_not_tell_the_classes_are_refused(sentiments, tmp_path):
+    options = {"config": None, "model": str(sentiments), "sequence_length": 8}
+    for labels in (("good", "so-so", "awful"), ("good", "awful"), ("4", "1", "2")):
+        with pytest.raises(ConfigError, match=r"the model 3 classes \(POSITIVE, NEUTRAL, NEGATIVE\): which is which"):
+            classification(tmp_path, train=table(tmp_path / "a.csv", labels), **options)
+    with pytest.raises(ConfigError, match=r"2 labels \(a, b\), and the model 3 classes \(LABEL_0"):
+        classification(tmp_path, train=table(tmp_path / "a.csv", "ab"), config=BERT | {"num_labels": 3})
+
+
+def test_tables_of_spreadsheets_long_texts_and_rare_labels(tmp_path):
+    train = table(tmp_path / "a.csv", "ab", ("red " * 40_000, "blue"), encoding="utf-8-sig")
+    assert len(classification(tmp_path, train=train).score.batches) == 1
+    (tmp_path / "rare.csv").write_text((tmp_path / "a.csv").read_text("utf-8-sig") + "\ngreen,rare")
+    for seed in range(20):  # one of which holds the rare row out
+        task = classification(tmp_path, train=str(tmp_path / "rare.csv"), seed=seed)
+    assert task.make_model().config.num_labels == 3
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize("pad", [None, 1, 5])
+def test_texts_are_padded_with_what_the_model_takes_for_padding(folder, tmp_path, pad):
+    """GPT-2's tokenizer has no padding token; its classifiers read the last token before the padding."""
+    learnt = vocabulary.make_vocabulary("bpe", None, 270, [(folder / "web.txt").read_text()]).tokenizer
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=learnt.backend_tokenizer, eos_token="[CLS]")
+    plain.save_pretrained(tmp_path)
+    sizes = {key: value for key, value in GPT2.items() if key != "model_type"}
+    config = transformers.GPT2Config(vocab_size=270, n_positions=32, pad_token_id=pad, **sizes)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    task = classification(folder, config=None, model=str(tmp_path), tokenizer=None)
+    check_padding(task, 1 if pad is None else pad)
+    new = classification(folder, config=LLAMA, tokenizer=str(tmp_path))
+    check_padding(new, 1)
+
+
+def check_padding(task, pad):
+    """Texts with padding have the logits of the texts alone."""
+    model, batch = task.make_model(), task.score.batches[0]
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert model.config.pad_token_id == pad and set(ids[mask == 0].tolist()) == {pad}
+    with torch.no_grad():
+        alone = torch.cat([model(row[kept.bool()][None]).logits for row, kept in zip(ids, mask, strict=True)])
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, alone)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_new_roberta_has_positions_for_whole_texts(folder, tokenizer, tmp_path):
+    """It counts positions from behind the padding id on."""
+    config = BERT | {"model_type": "roberta"}
+    options = {"config": config, "tokenizer": tokenizer, "vocab_size": 262, "sequence_length": 12}
+    task = classification(folder, **options)
+    model = task.make_model()
+    assert max(batch["input_ids"].shape[1] for batch in task.score.batches) == 12 and task.score(model) >= 0
+    assert model.config.max_position_embeddings == 13
+    model.save_pretrained(tmp_path)
+    given = options | {"config": None, "model": str(tmp_path), "tokenizer": "bytes"}
+    with pytest.raises(ConfigError, match="longer than the model's 12 positions"):
+        classification(folder, **given | {"sequence_length": 13})
+    text = language(folder, config=config)
+    assert text.make_model().config.max_position_embeddings == 16 + 2  # its own padding id is 1
+    assert math.isfinite(text.score(text.make_model()))
+
+
+def test_a_byte_of_zero_is_no_padding():
+    read = vocabulary.make_vocabulary("bytes", None, 0, [], whole_texts=True)
+    assert read.encode(["a\0\xff"]) == [[97, 256, 195, 191]] and read.padding == 0
+
+
+def test_other_names_of_what_the_data_imply_are_the_users(folder):
+    assert language(folder, config=GPT2 | {"n_positions": 64}).make_model().config.n_positions == 64
+    assert language(folder, config=GPT2).make_model().config.n_positions == 16
+
+
+def test_a_new_model_of_low_precision_is_what_its_checkpoint_loads(folder, tmp_path):
+    """Its rotary frequencies stay in full precision."""
+    task = language(folder, dtype="bfloat16")
+    model = task.make_model()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert model.dtype == loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(model(**task.example_inputs).logits, loaded(**task.example_inputs).logits)
+    assert prunefront.discover(model, task.example_inputs, uniform=True).groups
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

@@ -36,6 +36,15 @@ def test_a_uniform_candidate_loads_again_from_its_configuration(name, tmp_path):
     assert model.config.to_dict() == build(name)[0].config.to_dict()
 
 
+def test_lists_of_the_configuration_are_cut_if_they_are_of_layers():
+    model, inputs = build("llama")
+    layers = model.config.num_hidden_layers
+    model.config.eos_token_id, model.config.layer_types = list(range(layers)), ["full_attention"] * layers
+    candidate = prunefront.discover(model, inputs, uniform=True)
+    candidate = candidate.apply(candidate.plan({"model.layers": layers - 1}))
+    assert candidate.config.eos_token_id == list(range(layers)) and len(candidate.config.layer_types) == layers - 1
+
+
 @pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"attention_mask": torch.ones(2, 10, dtype=torch.long)}])
 def test_shapes_alone_prove_what_numbers_do(extra):
     """The attention mask's code asks for values, which the meta device does not have."""
