@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from rich.text import Text
 
 from ..spaces.errors import ConfigError, PrunefrontError, StorageError
 from .config import register
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         told = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(COMMANDS)}"
-        errors.print(f"unknown command {name!r}; {told}", style="red", highlight=False)
+        errors.print(f"unknown command {name!r}; {told}", style="red")
         return 2
     debug = "--debug" in rest
     rest = [argument for argument in rest if argument != "--debug"]
@@ -248,8 +249,7 @@ def unwritable(error: OSError) -> StorageError:
 def _report_error(error: PrunefrontError, debug: bool) -> int:
     if debug:
         raise error
-    errors.print(f"[bold red]error[/] {type(error).__name__}: ", end="")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error", "bold red"), f" {type(error).__name__}: {error}"), soft_wrap=True)
     return 1
 
 

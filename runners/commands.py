@@ -66,7 +66,7 @@ def search(config: DictConfig) -> float:
     keep = options_keeper(run_dir, config)
     task = placed(make_task(config), devices[0] if devices else None)
     if task.device == CPU and not devices and torch.cuda.is_available():
-        console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim", highlight=False)
+        console.print("the processor runs the models; for the GPU: 'devices=[cuda:0]'", style="dim")
     result = searched(config, budget, task, run_dir, config.start, keep)
     logger.info("%s", result)
     show_result(result, read_run(run_dir), config.n_trials)
@@ -124,7 +124,7 @@ def searched(
         space = prepare(task, config, run_dir, start)
         check_reachable(space, budget)  # before it is scored
         dense = scored_dense(task, space, run_dir)
-    console.print(dense_line(dense, time.monotonic() - began), style="dim", highlight=False, soft_wrap=True)
+    console.print(dense_line(dense, time.monotonic() - began), style="dim", soft_wrap=True)
     timing, latency = timing_of(config), None
     if "latency" in budget:
         assert timing is not None  # checked early
@@ -169,12 +169,10 @@ def tracked_search(
         bar.begin(study)
         if study.metric_names and study.metric_names[0] == FIDELITY:
             told = "trials are told the fidelity: minus the divergence from the dense outputs, 0 is the same"
-            console.print(
-                told if task.score is None else f"{told}; the best get the score", style="dim", highlight=False
-            )
+            console.print(told if task.score is None else f"{told}; the best get the score", style="dim")
         elif space.repairs_in_two_efforts:
             told = "trials are scored after a quick repair; the best are repaired thoroughly and scored again"
-            console.print(told, style="dim", highlight=False)
+            console.print(told, style="dim")
         tracker.start({**plain(config), "budget": budget}, run_dir, dense, objective)
 
     try:
@@ -220,17 +218,17 @@ def show_result(result: Result, run: Mapping[str, Any], n_trials: int) -> None:
         front_table(rows, result.best.name, run["dense"], run["score_name"], picked_by(result.has_budget, len(rows)))
     )
     for remark in result.remarks:
-        console.print(remark, style="dim", highlight=False, soft_wrap=True)
+        console.print(remark, style="dim", soft_wrap=True)
     total = sum(result.seconds.values()) or 1.0
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in result.seconds.items())
     console.print(f"{total:.1f} s: {parts}", style="dim")
-    console.print(f"run     {result.run_dir}", soft_wrap=True, highlight=False)
-    console.print(f"report  {result.run_dir}/report.html", soft_wrap=True, highlight=False)
+    console.print(f"run     {result.run_dir}", soft_wrap=True)
+    console.print(f"report  {result.run_dir}/report.html", soft_wrap=True)
     show_load(result.run_dir)
     more = shlex.join([f"resume={result.run_dir}", *to_be_repeated(result.run_dir)])
     done, _ = ended(result.study.get_trials(deepcopy=False))
     wanted = n_trials if done < n_trials else 2 * done
-    console.print(f"more    prunefront search {more} n_trials={wanted}", soft_wrap=True, highlight=False)
+    console.print(f"more    prunefront search {more} n_trials={wanted}", soft_wrap=True)
 
 
 def space(config: DictConfig) -> None:

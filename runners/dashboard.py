@@ -20,6 +20,6 @@ def command(config: DictConfig) -> None:
         raise ConfigError("the dashboard is Optuna's: pip install 'prunefront[dashboard]'")
     from optuna_dashboard import run_server
 
-    console.print(f"{len(study.get_trials(deepcopy=False))} trials of {run_dir}", highlight=False)
-    console.print(f"http://{config.host}:{config.port}/dashboard  (Ctrl-C ends)", highlight=False, soft_wrap=True)
+    console.print(f"{len(study.get_trials(deepcopy=False))} trials of {run_dir}")
+    console.print(f"http://{config.host}:{config.port}/dashboard  (Ctrl-C ends)", soft_wrap=True)
     run_server(storage_of(run_dir / JOURNAL), host=config.host, port=config.port)

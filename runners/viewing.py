@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.text import Text
 
 from ..search.files import METRICS, RESULT, read_json, read_plan
 from ..search.front import picked_by
@@ -56,9 +57,7 @@ def show_multirun(folder: Path, budget: Mapping[str, str], as_json: bool) -> Non
             run = read_run(run_dir)
             entry = picked(run, budget, models_of(run))
         except (StorageError, SearchError) as error:
-            errors.print(
-                f"{run_dir} is left out: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
+            errors.print(f"{run_dir} is left out: {error}", style="yellow", soft_wrap=True)
             continue
         rows.append({"run": str(run_dir), "overrides": own_overrides(run_dir), "dense": run["dense"], **entry})
         names.add(run["score_name"])
@@ -114,7 +113,7 @@ def report(config: DictConfig) -> None:
     folders = [folder for text in given for folder in finished_runs(Path(text))]
     own = Path(given[0]) / "report.html" if len(given) == 1 else Path("report.html")
     path = write_report(folders, Path(config.path) if config.path else own)
-    console.print(str(path), soft_wrap=True, highlight=False)
+    console.print(str(path), soft_wrap=True)
 
 
 def finished_runs(folder: Path) -> list[Path]:
@@ -133,4 +132,4 @@ def load_check(config: DictConfig) -> None:
 
     import_modules(config.modules)
     for line in check_model(Path(config.run)):
-        console.print(f"[green]ok[/] {line}", soft_wrap=True)
+        console.print(Text.assemble(("ok", "green"), f" {line}"), soft_wrap=True)

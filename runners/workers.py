@@ -43,7 +43,7 @@ def command(config: DictConfig) -> None:
         timing=timing_of(config),
         latency=known_latency(space, run_dir) if "latency" in budget else None,
     )
-    console.print(f"done with {run_dir}", highlight=False)
+    console.print(f"done with {run_dir}")
 
 
 def known_latency(space: Space, run_dir: Path) -> LatencyModel:

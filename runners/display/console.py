@@ -19,7 +19,8 @@ WIDTH = 160
 
 
 def _console(stderr: bool = False) -> Console:
-    made = Console(stderr=stderr)
+    # What is printed are paths, names and options of the user: brackets and colons in them mean themselves.
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = WIDTH
     return made
@@ -40,7 +41,7 @@ class ConsoleHandler(RichHandler):
 def show_load(folder: Path | str) -> None:
     """How a saved model is read from Python, and what has to be at hand for it."""
     plan = read_plan(resolve(Path(folder)))
-    console.print(f"load    {load_line(folder, plan)}", soft_wrap=True, highlight=False)
+    console.print(f"load    {load_line(folder, plan)}", soft_wrap=True)
 
 
 def load_line(folder: Path | str, plan: Mapping[str, Any]) -> str:

@@ -37,11 +37,11 @@ def command(config: DictConfig) -> None:
     if worse := [pick for pick, found in done.items() if got_worse(found.metrics)]:
         shown = ", ".join(worse)
         told = f"{shown} got worse, and the run prefers what it was before: try a lower finetune.lr, or more epochs"
-        errors.print(told, style="yellow", highlight=False, soft_wrap=True)
+        errors.print(told, style="yellow", soft_wrap=True)
     for pick, found in done.items():
         preferred = pick.partition(TUNED)[0] if got_worse(found.metrics) else pick
         show_load(folder_of(run_dir, preferred))
-    console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True, highlight=False)
+    console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True)
 
 
 def got_worse(metrics: Mapping[str, Any]) -> bool:

@@ -94,6 +94,18 @@ def test_the_picks_of_a_multirun_are_one_table(digits_run, tmp_path, capsys):
     assert main(["front", str(tmp_path / "m"), "pick.macs=0.1%"]) == 1 and "no finished run" in capsys.readouterr().err
 
 
+def test_brackets_and_colons_are_no_markup(digits_run, in_tmp, capsys):
+    (in_tmp / "a[b]:zap:").symlink_to(digits_run)
+    for command in ("front", "load-check", "report"):
+        assert main([command, "a[b]:zap:"]) == 0 and "a[b]:zap:/" in capsys.readouterr().out
+    assert main(["finetune", "[red]x"]) == 1 and "StorageError: [red]x does not exist" in capsys.readouterr().err
+    shutil.copytree(digits_run, in_tmp / "m" / "0")
+    (in_tmp / "m" / "multirun.yaml").touch()
+    shutil.copytree(in_tmp / "m" / "0", in_tmp / "m" / "1")
+    (in_tmp / "m" / "1" / ".hydra" / "overrides.yaml").write_text("- space.exclude=[block1.*]\n")
+    assert main(["front", "m"]) == 0 and "space.exclude=[block1.*]" in capsys.readouterr().out
+
+
 def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
     options = ["space.criterion=[l1,taylor]", "space.compensation=sequential"]
     assert main(["search", *tiny, *options, "tracker=none", "run_dir=c"]) == 0
