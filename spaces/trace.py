@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -304,7 +304,6 @@ class Recorder(EagerMode):
     def record(self, func: Any, arguments: dict[str, Any], result: Any) -> None:
         """Label the outputs of one operator."""
         from .rules import apply_rule
-        from .rules.unknown import unknown
 
         outputs = _tensors(result)
         call = Call(func.overloadpacket.__name__, arguments, outputs, self)
@@ -313,15 +312,17 @@ class Recorder(EagerMode):
             if (key := storage_key(tensor)) not in held:
                 self._copies.pop(key, None)
                 self._producers.pop(key, None)  # memory is used again: what was known is about a dead tensor
+        self.label_outputs(call, partial(apply_rule, func))
+
+    def label_outputs(self, call: Call, rule: Callable[[Call], list[Label]]) -> None:
+        from .rules.unknown import unknown
+
         try:
-            labels = apply_rule(func, call)
+            labels = rule(call)
             _check_labels(call, labels)
         except Exception as error:  # ours: it must cost no more than what the operator touches
             logger.warning("the rule of %s fails, and what it touches is frozen: %s", call.why, error)
             labels = unknown(call)
-        self.label_outputs(call, labels)
-
-    def label_outputs(self, call: Call, labels: list[Label]) -> None:
         for tensor, label in zip(call.outputs, labels, strict=True):
             self._labels[tensor] = label
             self._allocate(tensor)
@@ -399,7 +400,7 @@ class Recorder(EagerMode):
 class FunctionRecorder(TorchFunctionMode):
     """Sees what operators no longer show: which attributes gave the sizes, and whether an attention's scale is given.
 
-    Fused attention is labelled as one operator, whatever kernel runs it.
+    Fused attention and recurrent layers are labelled as one operator, whatever kernels run them.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -407,27 +408,28 @@ class FunctionRecorder(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            result = func(*args, **(kwargs or {}))
-            trace, name = self.recorder.trace, getattr(func, "__name__", "")
-            if name == "__getitem__":
-                trace.bounds.update(bounds_in(args[1], trace.calculated))
-            for site, (tensor, dim) in sizes_in_call(name, args, kwargs or {}, result, trace.calculated):
-                if name in (*CREATING, *CREATING_LIKE):
-                    self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
-                trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
-            return result
-        from .rules.attention import fused_attention
+        from .rules import FUNCTIONS
 
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        arguments = {"attn_mask": None, "scale": None, **dict(zip(names, args, strict=False)), **(kwargs or {})}
+        name = getattr(func, "__name__", "")
+        if name in FUNCTIONS:
+            return self._as_one(func, *FUNCTIONS[name], args, kwargs or {})
+        result, trace = func(*args, **(kwargs or {})), self.recorder.trace
+        if name == "__getitem__":
+            trace.bounds.update(bounds_in(args[1], trace.calculated))
+        for site, (tensor, dim) in sizes_in_call(name, args, kwargs or {}, result, trace.calculated):
+            if name in (*CREATING, *CREATING_LIKE):
+                self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
+            trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
+        return result
+
+    def _as_one(self, func: Any, bind: Any, rule: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.recorder.muted = True
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         finally:
             self.recorder.muted = False
-        call = Call("scaled_dot_product_attention", arguments, [result], self.recorder)
-        self.recorder.label_outputs(call, fused_attention(call))
+        call = Call(func.__name__, bind(args, kwargs), _tensors(result), self.recorder)
+        self.recorder.label_outputs(call, rule)
         return result
 
 

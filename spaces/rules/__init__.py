@@ -12,13 +12,28 @@ from typing import Any
 import torch
 
 from ..trace import Call, Label
-from . import contraction, normalisation, routing, shape, spatial
+from . import attention, contraction, normalisation, recurrent, routing, shape, spatial
 from .pointwise import POINTWISE_NAMES, pointwise
 from .unknown import unknown
 
 Rule = Callable[[Call], list[Label]]
 
-RULES: dict[str, Rule] = {**contraction.RULES, **normalisation.RULES, **routing.RULES, **shape.RULES, **spatial.RULES}
+RULES: dict[str, Rule] = {
+    **contraction.RULES,
+    **normalisation.RULES,
+    **recurrent.RULES,
+    **routing.RULES,
+    **shape.RULES,
+    **spatial.RULES,
+}
+
+#: Functions that are labelled as one, whatever kernels run them: their arguments by name, and the rule.
+FUNCTIONS: dict[str, tuple[Callable[[Any, dict[str, Any]], dict[str, Any]], Rule]] = {
+    "scaled_dot_product_attention": (attention.bind, attention.fused_attention),
+    **dict.fromkeys(recurrent.LAYERS, (recurrent.bind_layer, recurrent.layer)),
+    **dict.fromkeys(recurrent.CELLS, (recurrent.bind_cell, recurrent.cell)),
+    "_pad_packed_sequence": (recurrent.bind_unpack, recurrent.unpack),
+}
 
 
 def apply_rule(func: Any, call: Call) -> list[Label]:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..labels import Dimension, fresh, is_frozen, multiply, size
 from ..trace import Call, Label, ScaleSite
+
+
+def bind(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``F.scaled_dot_product_attention`` by name."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return {"attn_mask": None, "scale": None, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def fused_attention(call: Call) -> list[Label]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from ..labels import STRUCTURAL, Dimension, fixed, freeze, fresh, multiply, size
@@ -135,8 +136,8 @@ def grouped_mm(call: Call) -> list[Label]:
     call.hint(right[2], "producer")
     for dimension in (left[1], right[2]):
         call.hint(dimension, "kind", "neuron")
-        # The kernel wants rows that begin at multiples of 16 bytes.
-        call.hint(dimension, "multiple_of", str(max(1, 16 // call["mat2"].element_size())))
+        # The kernel wants rows that begin at multiples of 16 bytes: in bfloat16 too, wherever the model is traced in.
+        call.hint(dimension, "multiple_of", str(16 // torch.bfloat16.itemsize))
     use_experts(call, right[0])
     return [[left[0], right[2]]]
 

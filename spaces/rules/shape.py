@@ -251,6 +251,7 @@ RULES = {
     "stack": stack,
     **dict.fromkeys(("select", "unbind"), select),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
+    **dict.fromkeys(("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"), split),
     "slice": slice_,
     "glu": glu,
     "view_as_complex": view_as_complex,
