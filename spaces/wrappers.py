@@ -20,6 +20,10 @@ _WRAPPERS = {
     "GraphModule": "pass the model that the graph was made from",
 }
 
+#: What marks where a model is to be quantised.
+_STUBS = {f"torch.ao.quantization.stubs.{name}" for name in ("QuantStub", "DeQuantStub", "QuantWrapper")}
+_STUBS |= {"torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"}
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse models whose weights are not what the forward multiplies with.
@@ -37,6 +41,8 @@ def check_model(model: nn.Module) -> None:
                 raise ModelError(f"{where} is a wrapper: {_WRAPPERS[cls.__name__]}")
         if type(module).__module__.startswith("peft."):
             raise ModelError(f"{where} is an adapter: merge it first: model = model.merge_and_unload()")
+        if _is_idle_stub(module):
+            continue
         if type(module).__module__.startswith(("torch.ao.quantization", "torchao.quantization")):
             raise ModelError(f"{where} observes for quantisation: prune the model before it is prepared for that")
         if "quantized" in type(module).__module__ or any(_is_quantised(p) for p in module.parameters(recurse=False)):
@@ -59,6 +65,12 @@ def check_model(model: nn.Module) -> None:
             )
         if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors):
             raise ModelError(f"{where} has no weights yet: run the model once on the example inputs first")
+
+
+def _is_idle_stub(module: nn.Module) -> bool:
+    """Whether it marks where a model is to be quantised, and observes nothing yet: the identity, or plain arithmetic."""
+    is_stub = f"{type(module).__module__}.{type(module).__qualname__}" in _STUBS
+    return is_stub and type(getattr(module, "activation_post_process", None)) in (nn.Identity, type(None))
 
 
 def _is_quantised(tensor: torch.Tensor) -> bool:

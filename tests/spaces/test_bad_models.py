@@ -224,6 +224,20 @@ def prepared() -> nn.Module:
         return quantization.prepare(model)
 
 
+def stubbed() -> nn.Sequential:
+    """Marked for quantisation, with nothing done about it."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    return nn.Sequential(quantization.QuantStub(), mlp(), quantization.DeQuantStub()).eval()
+
+
+def prepared_stubs() -> nn.Module:
+    model = stubbed()
+    model.qconfig = torch.ao.quantization.default_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.prepare(model)
+
+
 def adapted() -> nn.Module:
     layer = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora"})
     return nn.Sequential(layer(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -252,6 +266,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "old spectral_norm": (_with_first(torch.nn.utils.spectral_norm), UNHOOK),
     "torch.nn.utils.prune": (_with_first(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), r"prune\.remove"),
     "prepared for quantisation": (prepared, "prune the model before it is prepared"),
+    "prepared stubs": (prepared_stubs, r"0 \(QuantStub\) observes for quantisation: prune the model before"),
     "quantised": (quantised, "prune the model first, and quantise the pruned one"),
     "DataParallel": (lambda: nn.DataParallel(mlp()), UNWRAP),
     "DataParallel inside": (lambda: nn.Sequential(nn.DataParallel(mlp()), nn.Linear(3, 3)), UNWRAP),
@@ -271,6 +286,27 @@ def test_wrapped_models_are_refused_with_what_to_do(name):
     make, message = REFUSED[name]
     with pytest.raises(ModelError, match=message):
         prunefront.discover(make(), X)
+
+
+class Marked(nn.Module):
+    """A sum that may be quantised."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.sum = stubbed(), torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        return self.sum.add_relu(self.body(x), self.body(x + 1))
+
+
+@pytest.mark.parametrize("make", [stubbed, lambda: torch.ao.quantization.QuantWrapper(stubbed()), Marked])
+def test_marks_for_quantisation_that_do_nothing_yet_are_no_obstacle(make):
+    pytest.importorskip("torch.ao.quantization")
+    model = make().eval()
+    space = prunefront.discover(model, X)
+    plan = space.plan({group.name: 3 for group in space.groups})
+    torch.testing.assert_close(space.slice(plan)(X), space.mask(plan)(X))
+    assert len(space.groups) == 1
 
 
 def test_what_the_messages_advise_works():
