@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..search.budget import LATENCY, parse_budget
+from ..search.files import DENSE, model_meant
 from ..spaces import Cost
 from ..spaces.errors import ConfigError, SearchError
 from .overrides import key_of
-from .runs import DENSE, TUNED, dense_cost, own_overrides
+from .runs import dense_cost, own_overrides
 
 #: Options of a search that another search of the same model repeats.
 _OF_THE_MODEL = ("task", "space", "target", "tracker")
@@ -47,9 +48,7 @@ def picked(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[
     fine-tuned of it. Raises SearchError."""
     if budget:
         return best(within(run, budget, entries))
-    own = versions(run["picked"], entries)
-    # All hold the run's own budget. Of equals the pick comes first.
-    return best([*own, *entries] if run["space"]["search"].get("budget") else own)
+    return model_meant(run["picked"], entries, bool(run["space"]["search"].get("budget")))
 
 
 def given_limits(pick: DictConfig) -> dict[str, str]:
@@ -60,11 +59,6 @@ def given_limits(pick: DictConfig) -> dict[str, str]:
 def best(entries: Sequence[Entry]) -> Entry:
     """Of the highest score on the search data; of equals the first."""
     return max(entries, key=lambda entry: entry.get("score", -math.inf))
-
-
-def versions(name: str, entries: Sequence[Entry]) -> list[Entry]:
-    """The model and what was fine-tuned of it."""
-    return [entry for entry in entries if entry["name"].partition(TUNED)[0] == name]
 
 
 def within(run: Mapping[str, Any], budget: Mapping[str, str], entries: Sequence[Entry]) -> list[Entry]:

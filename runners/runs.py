@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.files import FINETUNED, METRICS, PLAN, RESULT, SPACE, read_json
+from ..search.files import DENSE, METRICS, PLAN, RESULT, SPACE, finetuned, front_of, read_json
+from ..search.files import folder_of as folder_of
 from ..spaces import Cost
 from ..spaces.errors import StorageError
 
 #: What Hydra leaves in the folder of several runs.
 MULTIRUN = "multirun.yaml"
-#: The dense model's place among a run's models.
-DENSE = "dense"
-#: Between the names of a model and of the recipe that it was fine-tuned with.
-TUNED = "+"
 
 
 def is_multirun(folder: Path) -> bool:
@@ -60,38 +57,23 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():
         dense |= read_json(run_dir / DENSE / METRICS)
-    names = [entry.get("name") for entry in result.get("front", [])]
-    if result.get("picked") not in names or result.get("objective") not in dense:
-        raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front")
+    front = front_of(run_dir, result)
+    if result.get("objective") not in dense:
+        raise StorageError(f"{run_dir / RESULT} is damaged: it does not say what the front is against")
     return {
         **result,
+        "front": front,
         "dense": dense,
         "space": space,
-        "finetuned": list(_finetuned(run_dir)),
+        "finetuned": finetuned(run_dir),
         "score_name": dense.pop("score_name", "score"),
         "path": str(run_dir),
     }
 
 
-def _finetuned(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Of all models in the run's ``front``, those that a longer search has left behind too."""
-    for path in sorted((run_dir / "front").glob(f"*/{FINETUNED}/*/{METRICS}")):
-        folder = path.parent
-        # The curves of the training are in the file for those who want them.
-        metrics = {key: value for key, value in read_json(path).items() if not isinstance(value, dict | list)}
-        yield {"name": f"{folder.parent.parent.name}{TUNED}{folder.name}", **metrics}
-
-
 def models_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """All models of a run, as :func:`read_run` has it: those of the front, and what was fine-tuned."""
     return [*run["front"], *run["finetuned"]]
-
-
-def folder_of(run_dir: Path, name: str) -> Path:
-    """Where the model of that name is saved: ``dense``, ``trial0012``; ``trial0012+sgd`` after fine-tuning."""
-    found, _, recipe = name.partition(TUNED)
-    folder = run_dir / DENSE if found == DENSE else run_dir / "front" / found
-    return folder / FINETUNED / recipe if recipe else folder
 
 
 def dense_cost(dense: Mapping[str, Any]) -> Cost:

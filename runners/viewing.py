@@ -10,16 +10,14 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.text import Text
 
-from ..search.files import METRICS, RESULT, read_json, read_plan
+from ..search.files import DENSE, METRICS, RESULT, folder_of, read_json, read_plan
 from ..search.front import picked_by
 from ..spaces.errors import SearchError, StorageError
 from .display import console, errors, front_table, multirun_table, show_load, widths_table
 from .modules import import_modules
 from .picking import best, given_limits, picked, picks, within
 from .runs import (
-    DENSE,
     differing_overrides,
-    folder_of,
     is_multirun,
     models_of,
     own_overrides,

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..search.engine import work
-from ..search.files import METRICS, read_json
+from ..search.files import DENSE, METRICS, read_json
 from ..search.latency import LatencyModel, Measurements
 from ..search.study import JOIN_WAIT_S
 from ..spaces import Space
@@ -19,7 +19,6 @@ from .devices import devices_of, placed
 from .display import console, errors
 from .making import chosen_budget, make_task, timing_of
 from .overrides import is_unused
-from .runs import DENSE
 
 
 def command(config: DictConfig) -> None:

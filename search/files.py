@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,58 @@ SPACE, RESULT = "space.json", "result.json"
 JSON_LIMIT = 256 << 20
 #: Folder of what was trained on from a saved model, inside the folder of that.
 FINETUNED = "finetuned"
+#: The dense model's place among a run's models.
+DENSE = "dense"
+#: Between the names of a model and of the recipe that it was fine-tuned with.
+TUNED = "+"
 
 
 def resolve(path: Path) -> Path:
-    """The folder of a saved model: ``path`` itself, or of the run in ``path`` what has the highest score: of the picked
-    model as it was found, or fine-tuned, or within a budget of all that were found or fine-tuned."""
+    """The folder of a saved model: ``path`` itself, or of the run in ``path`` the model that the run means."""
     if (path / PLAN).exists() or not (path / RESULT).exists():
         return path
     result = read_json(path / RESULT)
-    names = [result.get("picked")]
-    if has_budget(path):
-        names += [entry.get("name") for entry in result.get("front", [])]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise StorageError(f"{path / RESULT} is damaged: it names no picked model")
-    found = [path / "front" / name for name in dict.fromkeys(map(str, names))]
-    versions = [found[0], *(m.parent for f in found for m in sorted(f.glob(f"{FINETUNED}/*/{METRICS}")))]
-    if len(versions) == 1:
-        return found[0]
-    return max(versions, key=lambda folder: read_json(folder / METRICS).get("score", -math.inf))
+    meant = model_meant(result.get("picked"), [*front_of(path, result), *finetuned(path)], has_budget(path))
+    return folder_of(path, meant["name"])
+
+
+def model_meant(picked: Any, entries: Sequence[Mapping[str, Any]], has_budget: bool) -> Mapping[str, Any]:
+    """Of a run's ``entries``, name and metrics of each model, the one that is taken where none is named: of the
+    ``picked`` one as it was found, or fine-tuned, and within a budget of all, what has the highest score."""
+    own = [entry for entry in entries if entry["name"].partition(TUNED)[0] == picked]
+    # All hold the run's own budget. Of equals the pick comes first.
+    return max([*own, *(entries if has_budget else ())], key=lambda entry: entry.get("score", -math.inf))
+
+
+def front_of(run_dir: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models in ``result``, a run's ``result.json``. Raises StorageError for names that are no folders' names, and
+    where the picked model is not among them."""
+    front = result.get("front")
+    entries = front if isinstance(front, list) and all(isinstance(entry, dict) for entry in front) else []
+    names = [entry.get("name") for entry in entries]
+    are_names = all(isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in names)
+    if not are_names or result.get("picked") not in names:
+        raise StorageError(f"{run_dir / RESULT} is damaged: it does not describe a front with a picked model")
+    return entries
+
+
+def finetuned(run_dir: Path) -> list[dict[str, Any]]:
+    """Name and metrics of what was fine-tuned of all models in the run's ``front``, those that a longer search has left
+    behind too."""
+    found = []
+    for path in sorted((run_dir / "front").glob(f"*/{FINETUNED}/*/{METRICS}")):
+        folder = path.parent
+        # The curves of the training are in the file for those who want them.
+        metrics = {key: value for key, value in read_json(path).items() if not isinstance(value, dict | list)}
+        found.append({"name": f"{folder.parent.parent.name}{TUNED}{folder.name}", **metrics})
+    return found
+
+
+def folder_of(run_dir: Path, name: str) -> Path:
+    """Where the model of that name is saved: ``dense``, ``trial0012``; ``trial0012+sgd`` after fine-tuning."""
+    found, _, recipe = name.partition(TUNED)
+    folder = run_dir / DENSE if found == DENSE else run_dir / "front" / found
+    return folder / FINETUNED / recipe if recipe else folder
 
 
 def has_budget(run_dir: Path) -> bool:

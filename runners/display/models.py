@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ...search.files import DENSE, TUNED
 from ...search.formats import FIDELITY, count_text, milliseconds_text, score_text
-from ..runs import DENSE, TUNED
 
 
 def finetuned_table(

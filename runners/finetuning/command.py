@@ -9,16 +9,16 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from ...search.files import FINETUNED, METRICS, read_json, read_plan
+from ...search.files import DENSE, FINETUNED, METRICS, TUNED, folder_of, read_json, read_plan
 from ...search.saved import load_with
 from ...spaces import Plan
 from ...spaces.errors import ConfigError
 from ..devices import use_device
 from ..display import console, errors, finetuned_table, show_load
 from ..making import instantiated, make_task, plain
-from ..picking import picks
+from ..picking import picked, picks
 from ..report import write_report
-from ..runs import DENSE, TUNED, folder_of, read_run
+from ..runs import models_of, read_run
 from ..tasks import Task
 from ..tracking import Guarded
 from .engine import Finetuned, finetune
@@ -34,13 +34,15 @@ def command(config: DictConfig) -> None:
     task = make_task(config)
     done = trained(config, task, run_dir, names)
     console.print(finetuned_table({pick: found.metrics for pick, found in done.items()}, run["dense"], task.score_name))
-    if worse := [pick for pick, found in done.items() if got_worse(found.metrics)]:
-        shown = ", ".join(worse)
-        told = f"{shown} got worse, and the run prefers what it was before: try a lower finetune.lr, or more epochs"
+    better = [pick for pick, found in done.items() if not got_worse(found.metrics)]
+    if worse := [pick for pick in done if pick not in better]:
+        told = f"{', '.join(worse)} got worse by fine-tuning: try a lower finetune.lr, or more epochs"
         errors.print(told, style="yellow", soft_wrap=True)
-    for pick, found in done.items():
-        preferred = pick.partition(TUNED)[0] if got_worse(found.metrics) else pick
-        show_load(folder_of(run_dir, preferred))
+    run = read_run(run_dir)
+    taken = picked(run, {}, models_of(run))["name"]
+    console.print(f"picked  {folder_of(run_dir, taken)}", soft_wrap=True)
+    for pick in dict.fromkeys([*better, taken]):
+        show_load(folder_of(run_dir, pick))
     console.print(f"report  {write_report([run_dir], run_dir / 'report.html')}", soft_wrap=True)
 
 

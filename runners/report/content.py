@@ -14,14 +14,15 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search.budget import LATENCY_COLUMN, parse_budget
-from ...search.files import read_plan
+from ...search.files import folder_of, read_plan
 from ...search.front import hypervolumes, picked_by
 from ...search.problem import COLUMNS, COST_SHARE, CRITERION
 from ...search.study import finished, is_estimate, read_study
 from ...spaces.trust import own_modules
 from ..display.console import load_line
 from ..overrides import key_of, to_be_repeated
-from ..runs import dense_cost, folder_of, own_overrides, read_run
+from ..picking import picked
+from ..runs import dense_cost, models_of, own_overrides, read_run
 
 #: Importance of fewer trials than this says nothing.
 LEAST_TRIALS = 20
@@ -43,7 +44,7 @@ def described_run(run_dir: Path) -> dict[str, Any]:
         "search": run["space"]["search"],
         "objective": run["objective"],
         "guide": (study.metric_names or ["score"])[0],
-        "picked": run["picked"],
+        "picked": picked(run, {}, models_of(run))["name"],
         "picked_by": picked_by(bool(run["space"]["search"]["budget"]), len(run["front"])),
         "dense": _numbers(run["dense"]),
         "limits": limits(run),

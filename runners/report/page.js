@@ -6,8 +6,6 @@ const slots = {};
 const trialName = number => "trial" + String(number).padStart(4, "0");
 const modelOf = (run, name) => name === "dense" ? run.dense : run.models.find(entry => entry.name === name);
 const isTuned = entry => entry.name.includes("+");
-// The picked model, or what was fine-tuned of it if that has the higher score.
-const taken = run => best(run.models.filter(entry => entry.name.split("+")[0] === run.picked)).name;
 const best = entries => entries.reduce((top, entry) => !top || entry.score > top.score ? entry : top, null);
 const knows = (run, key) => run.front.every(entry => entry[key] !== undefined);
 const costsOf = run => COSTS.filter(key => knows(run, key) && run.dense[key] !== undefined);
@@ -38,7 +36,7 @@ function openRun(index) {
   const run = RUNS[index];
   LABELS.guide = `${run.guide} in the search`;
   [LABELS.score, LABELS.test] = [`${run.score_name} (search split)`, `${run.score_name} (test split)`];
-  Object.assign(state, { x: run.objective, y: "score", model: taken(run), ask: null });
+  Object.assign(state, { x: run.objective, y: "score", model: run.picked, ask: null });
   const sections = [
     heading(run), tiles(run), answerSection(run), frontSection(run), widthsSection(run),
     modelsSection(run), el("div", { class: "pair" }, historySection(run), sensitivitySection(run), importanceSection(run), predictionSection(run)),
@@ -65,7 +63,7 @@ function hardware(run) {
   return said.join(" ");
 }
 function tiles(run) {
-  const picked = modelOf(run, taken(run)), { dense } = run;
+  const picked = modelOf(run, run.picked), { dense } = run;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
   const found = [tile(picked.name, `the picked model${isTuned(picked) ? ", fine-tuned" : ""}: ${run.picked_by}`)];
   const score = picked.test !== undefined ? "test" : "score";
@@ -129,7 +127,7 @@ function answer(run, { key }) {
   }
   const entry = modelOf(run, state.model);
   const told = [...scoresOf(run), ...costsOf(run)].map(name => `${label(name)} ${shown(name, entry[name])}${bracketed(against(name, entry[name], run.dense[name]))}`);
-  return el("div", { class: "answer" }, el("strong", {}, entry.name + (entry.name === run.picked ? ", the picked model" : isTuned(entry) ? ", fine-tuned" : "")),
+  return el("div", { class: "answer" }, el("strong", {}, entry.name + (entry.name === run.picked ? ", the picked model" : "") + (isTuned(entry) ? ", fine-tuned" : "")),
     note(told.join(" · ")),
     entry.warnings.map(text => note("Latency: " + text)),
     command(entry.load),
@@ -169,7 +167,7 @@ function frontChart(run) {
   const tuned = run.finetuned.map(entry => ({ x: entry[x], y: entry[y], entry })).filter(point => point.y !== undefined);
   const dense = { x: run.dense[x], y: run.dense[y] };
   const uniform = dots.filter(point => trials.number[point.i] === run.uniform);
-  const ring = models.filter(point => point.entry.name === run.picked), chosen = [...models, ...tuned].filter(point => point.entry.name === state.model);
+  const [ring, chosen] = [run.picked, state.model].map(name => [...models, ...tuned].filter(point => point.entry.name === name));
   const rules = run.limits[x] === undefined ? [] : [{ x: run.limits[x], class: "limit", text: "budget" }];
   const asked = questions(run)[state.ask.index];
   const away = run.limits[x] === undefined ? 1 : Math.abs(state.ask.share * run.dense[x] / run.limits[x] - 1);

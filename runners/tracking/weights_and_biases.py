@@ -16,12 +16,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search import Result
-from ...search.files import METRICS, PLAN, SPACE, WEIGHTS, read_json
+from ...search.files import DENSE, METRICS, PLAN, SPACE, TUNED, WEIGHTS, folder_of, read_json
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.study import name_of
 from ..finetuning import Progress
-from ..runs import DENSE, TUNED, folder_of, is_multirun
+from ..runs import is_multirun
 from .figures import coordinates_figure, front_figure, front_of
 
 #: Of a search's time, what pictures and tables on the way may take.

@@ -1,11 +1,17 @@
 """One model of a run: its folder for programs, its widths for people."""
 
 import json
+import shutil
+
+import pytest
 
 import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.display import console
+from prunefront.runners.report.content import described_run
+from prunefront.runners.runs import read_run
 from prunefront.search.files import resolve
+from prunefront.spaces.errors import StorageError
 
 
 def test_the_folder_of_a_pick_is_all_that_is_printed(digits_run, capsys):
@@ -47,3 +53,30 @@ def test_a_model_is_shown_with_every_group_in_80_columns(digits_run, capsys, mon
     assert all(group["name"] in shown and 1 <= group["width"] <= group["size"] for group in model["groups"])
     assert "\x1b" not in shown and max(map(len, shown.splitlines()[:-1])) <= 80
     assert model["path"] in shown.replace("\n", "")
+
+
+@pytest.fixture
+def run(digits_run, tmp_path):
+    """A copy that may be written to."""
+    return shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+
+
+def test_one_model_is_meant_by_a_run_whoever_asks(run, capsys):
+    """The best was fine-tuned of a model that a longer search has left behind."""
+    folder = shutil.copytree(resolve(run), run / "front" / "trial9999" / "finetuned" / "sgd")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "score": 1.5}))
+    assert main(["pick", str(run)]) == 0 and capsys.readouterr().out.strip() == str(folder)
+    assert main(["load-check", str(run)]) == 0 and str(folder) in capsys.readouterr().out
+    assert main(["front", str(run)]) == 0 and f'load("{folder}")' in capsys.readouterr().out
+    assert resolve(run) == folder and described_run(run)["picked"] == "trial9999+sgd"
+
+
+@pytest.mark.parametrize("name", ["../../outside/m", "..", "", 3])
+def test_names_that_lead_out_of_a_run_are_refused(run, name):
+    result = json.loads((run / "result.json").read_text())
+    result["front"].append({**result["front"][0], "name": name})
+    (run / "result.json").write_text(json.dumps(result))
+    for reads in (read_run, resolve):
+        with pytest.raises(StorageError, match="damaged"):
+            reads(run)
