@@ -56,15 +56,15 @@ def command(config: DictConfig) -> None:
             raise KeyboardInterrupt
         picked = result.best.name
         (found,) = trained(config, task, folder, [picked], history).values()
-        history.append(
-            {"round": number, "budget": limits, "model": f"{folder.name}/front/{picked}", **_scores(found.metrics)}
-        )
         rows[f"{folder.name}/{picked}"] = found.metrics
         start = found.path
         if got_worse(found.metrics):
             start = folder / "front" / picked
             told = f"round {number} got worse by fine-tuning, which is left out: try a lower finetune.lr or more epochs"
             errors.print(told, style="yellow", highlight=False, soft_wrap=True)
+        assert start is not None
+        model = str(start.relative_to(run_dir))
+        history.append({"round": number, "budget": limits, "model": model, **_scores(found.metrics)})
         write_json(run_dir / "rounds.json", {"dense": vars(dense), "rounds": history})
     console.print(finetuned_table(rows, read_run(run_dir / "round1")["dense"], task.score_name))
     show_load(str(start))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,8 @@ class Calibration:
     arguments: int = 1
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     autocast: torch.dtype | None = None
+    #: The arguments of the model, of those that a mapping has; None for all.
+    names: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, torch.Tensor):
@@ -78,7 +80,7 @@ class Calibration:
         return self if batches is self.batches else replace(self, batches=batches)
 
     def inputs(self, batch: Any) -> Inputs:
-        return inputs_of(batch, self.arguments)
+        return inputs_of(batch, self.arguments).only(self.names)
 
     def __iter__(self) -> Iterator[Inputs]:
         return (self.inputs(batch) for batch in self.batches)
@@ -337,16 +339,14 @@ def recalibrate(
         return
     momenta = [layer.momentum for layer in layers]
     try:
-        with evaluating(model), torch.no_grad(), calibration.precision(model), norms.QuickNorms():
+        with evaluating(model), torch.no_grad(), calibration.precision(model), norms.QuickNorms(), ExitStack() as hooks:
             for layer in layers:
-                layer.reset_running_stats()
-                layer.momentum = None  # a cumulative average
-                layer.train()
-            own = [layer for layer in layers if type(layer).__module__.partition(".")[0] != "torch"]
+                if layer.train().training:  # classes may refuse, and keep their statistics
+                    layer.reset_running_stats()
+                    handle = layer.register_forward_pre_hook(_averaging(), with_kwargs=True)
+                    hooks.callback(handle.remove)
             samples = 0
-            for number, inputs in enumerate(calibration, start=1):
-                for layer in own:  # which may not know what None is
-                    layer.momentum = 1 / number
+            for inputs in calibration:
                 call_with(model, inputs)
                 samples += len(inputs.tensors()[0])
                 if samples >= limit:
@@ -354,3 +354,17 @@ def recalibrate(
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+def _averaging() -> Callable[[Any, Any, Any], None]:
+    """A hook for one layer: its statistics become the mean over all samples, of small last batches and of layers that
+    are called more than once too."""
+    seen = 0
+
+    def weigh(layer: Any, args: Any, kwargs: Any) -> None:
+        nonlocal seen
+        count = len([*args, *kwargs.values()][0])
+        seen += count
+        layer.momentum = count / max(seen, 1)
+
+    return weigh

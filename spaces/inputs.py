@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ class Inputs:
         """``function`` applied to every leaf."""
         return Inputs(tree_map(function, self.args), None if self.kwargs is None else tree_map(function, self.kwargs))
 
+    def only(self, names: frozenset[str] | None) -> Inputs:
+        """Without keyword arguments of other names; None for all."""
+        if names is None or not self.kwargs:
+            return self
+        return Inputs(self.args, {key: value for key, value in self.kwargs.items() if key in names})
+
     def to(self, device: torch.device | str) -> Inputs:
         return Inputs(moved(self.args, device), None if self.kwargs is None else moved(self.kwargs, device))
 
@@ -62,6 +69,14 @@ class Inputs:
 
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
+
+
+def argument_names(model: nn.Module) -> frozenset[str] | None:
+    """What the forward calls its arguments; None where it takes any. A batch may have more, such as labels."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 class OrdinaryBranches(EagerMode):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +24,7 @@ from .copying import copy_model
 from .errors import StorageError
 from .residual import Substitute
 from .sizes import NAMESPACES, fields_of, is_record, is_record_class, set_size
-from .surgery import tensors_of
+from .surgery import KEPT_BLOCKS, kept_blocks, tensors_of
 from .trust import SCRIPT, is_trusted
 
 _CONFIG_CLASSES = {
@@ -33,6 +34,8 @@ _CONFIG_CLASSES = {
 }
 _PLAIN = (bool, int, str, type(None))
 _BASE_STATE = frozenset(vars(nn.Module()))
+#: What recurrent layers make of their parameters.
+_FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 #: Records in records.
 _DEEPEST = 5
 
@@ -94,6 +97,8 @@ def rebuild(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
             for key, name in entry["buffers"].items():
                 module._buffers[key] = None if name is None else tensors[name]
             module._non_persistent_buffers_set.update(entry["transient"])
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
         return modules[""].eval()
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, StorageError):
@@ -109,21 +114,23 @@ def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[st
         StorageError: ``model`` has other modules or tensors than the described one.
     """
     entries = {entry["name"]: entry for entry in description["modules"]}
+    shell = copy_model(model, {id(tensor): tensor for tensor in tensors_of(model).values()})  # shares the weights
     if any(entry["class"].startswith(f"{equivalents.__name__}:") for entry in entries.values()):
-        model = equivalents.replace(model)
-    memo: dict[int, Any] = {}
-    for name, tensor in tensors_of(model).items():
-        if name not in tensors:
-            memo[id(tensor)] = tensor  # it is about to be taken out
-        elif isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
-        else:
-            memo[id(tensor)] = tensors[name]
-    filled = copy_model(model, memo).eval()
-    _take_out(filled, entries)
-    modules = dict(filled.named_modules())
-    if differing := sorted(set(tensors_of(filled)) ^ set(tensors)) or sorted(set(modules) ^ set(entries)):
+        shell = equivalents.replace(shell)
+    try:
+        _take_out(shell, entries)
+    except (AttributeError, KeyError) as error:
+        raise StorageError(f"the given model lacks blocks that the saved one has: {error}") from error
+    held, modules = tensors_of(shell), dict(shell.named_modules())
+    if differing := sorted(set(held) ^ set(tensors)) or sorted(set(modules) ^ set(entries)):
         raise StorageError(f"the saved model and the given one differ in {', '.join(differing[:5])}")
+    memo: dict[int, Any] = {}
+    for name, tensor in held.items():
+        memo[id(tensor)] = tensors[name]
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+    filled = copy_model(shell, memo).eval()
+    modules = dict(filled.named_modules())
     for name, module in modules.items():
         for key, encoded in entries[name]["attributes"].items():
             _refill_sizes(module, key, encoded)
@@ -131,17 +138,26 @@ def refill(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[st
 
 
 def _take_out(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the described substitutes in the place of parts of layers, and shorten containers as described."""
+    """Take the blocks out of their containers that are not described, and put substitutes in the place of parts."""
+    for name in list(entries):  # outer containers come first: what is inside gets its name by them
+        encoded = entries[name]["attributes"].get(KEPT_BLOCKS)
+        if encoded is not None:
+            _shorten(model.get_submodule(name), _decode(encoded))
     for name, entry in entries.items():
-        parent, _, key = name.rpartition(".")
         if entry["class"] == _path(Substitute) and name:
             substitute = _new_module(entry, []).eval()
             substitute._parameters.update(dict.fromkeys(entry["parameters"]))
+            parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = substitute
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Sequential | nn.ModuleList) and name in entries:
-            for key in set(module._modules) - set(entries[name]["children"]):
-                del module._modules[key]
+
+
+def _shorten(container: nn.Module, kept: tuple[int, ...]) -> None:
+    """Leave the blocks ``kept``, places in the dense model, in ``container``, which may have lost some before."""
+    blocks = list(container._modules.values())
+    by_place = dict(zip(kept_blocks(container) or range(len(blocks)), blocks, strict=True))
+    container._modules.clear()
+    container._modules.update({str(place): by_place[block] for place, block in enumerate(kept)})
+    vars(container)[KEPT_BLOCKS] = kept
 
 
 def _refill_sizes(module: nn.Module, attribute: str, encoded: Any) -> None:
@@ -211,6 +227,8 @@ def _attributes(held: Any, name: str, configs: dict[int, int], left_out: list[st
             if key.endswith("hooks") and value:
                 left_out.append(f"{name}.{key}".lstrip("."))
             continue
+        if isinstance(held, nn.RNNBase) and key in _FLAT_WEIGHTS:
+            continue
         try:
             if is_record(value) and depth < _DEEPEST:
                 fields = _attributes(value, f"{name}.{key}", configs, left_out, depth + 1)
@@ -271,6 +289,8 @@ def _parameter(
 
 def _encode(value: Any) -> Any:
     """JSON for ``value``: plain values as they are, all else as a one-key object. Raises TypeError if impossible."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, type):
         if not issubclass(value, nn.Module):
             raise TypeError(f"{value} is no module class")

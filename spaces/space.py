@@ -25,7 +25,7 @@ from .equivalents import replace
 from .errors import ConfigError, EmptySpaceError, PlanError
 from .groups import Frozen, Group, Kept, Structure, build_structure, freeze_groups
 from .huggingface import inexpressible
-from .inputs import Inputs
+from .inputs import Inputs, argument_names
 from .least_squares import lost_outputs
 from .options import Options, check_kinds
 from .plan import Cost, Plan, Ranking
@@ -374,7 +374,7 @@ def discover(
     check_model(model)
     inputs = Inputs.of(example_inputs)
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration, len(inputs.args), loss, autocast)
+        calibration = Calibration(calibration, len(inputs.args), loss, autocast, argument_names(model))
     if (device := device_of(model)).type != "meta":
         inputs = inputs.to(device)
         calibration = None if calibration is None else calibration.on(device)

@@ -382,12 +382,35 @@ def _renumber(container: nn.Module) -> None:
     """Containers count their modules; Hugging Face layers know their place for the cache of keys and values."""
     remaining = list(container._modules.items())
     if all(key.isdigit() for key, _ in remaining):
+        before = kept_blocks(container)
+        vars(container)[KEPT_BLOCKS] = tuple(before[int(key)] if before else int(key) for key, _ in remaining)
         container._modules.clear()
         container._modules.update({str(place): module for place, (_, module) in enumerate(remaining)})
     for place, module in enumerate(container._modules.values()):
         for part in module.modules() if module is not None else ():
             if type(getattr(part, "layer_idx", None)) is int:
                 part.layer_idx = place  # type: ignore[assignment]
+
+
+#: Attribute of a container that lost blocks: which of the dense model's it still has.
+KEPT_BLOCKS = "kept_blocks"
+
+
+def kept_blocks(container: nn.Module) -> tuple[int, ...] | None:
+    """Places in the dense model of what ``container`` holds; None if nothing was taken out."""
+    found: tuple[int, ...] | None = vars(container).get(KEPT_BLOCKS)
+    return found
+
+
+def dense_names(model: nn.Module) -> dict[str, str]:
+    """For every module of a pruned model, its name in the dense one."""
+    names = {"": ""}
+    for name, module in model.named_modules():
+        kept = kept_blocks(module)
+        for key in module._modules:
+            dense = key if kept is None else str(kept[int(key)])
+            names[f"{name}.{key}".lstrip(".")] = f"{names[name]}.{dense}".lstrip(".")
+    return names
 
 
 #: Modules that keep sizes beside their weights.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...spaces.errors import FinetuneError
 from ...spaces.inputs import Inputs, output_tensors
+from ...spaces.surgery import dense_names
 from ...spaces.trace import evaluating
 from .recipe import Distill, Recipe
 
@@ -32,17 +33,20 @@ class Objective:
         if self.teacher is not None:
             self.stack.enter_context(evaluating(self.teacher))
             if self.recipe.distill.hidden:
-                names = sorted(layers(self.model) & layers(self.teacher))
-                self.mine = self.stack.enter_context(outputs_of_modules(self.model, names))
-                self.theirs = self.stack.enter_context(outputs_of_modules(self.teacher, names))
+                mine, theirs = layers(self.model), layers(self.teacher)
+                names = sorted(mine.keys() & theirs.keys())
+                self.mine = self.stack.enter_context(outputs_of_modules(self.model, {n: mine[n] for n in names}))
+                self.theirs = self.stack.enter_context(outputs_of_modules(self.teacher, {n: theirs[n] for n in names}))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
     def __call__(self, inputs: Inputs, batch: Any) -> torch.Tensor:
+        self.mine.clear()  # layers may be skipped at random
+        self.theirs.clear()
         output = inputs.call(self.model)
-        loss = _own_loss(output) if self.loss is None else self.loss(output, batch)
+        loss = self._own(output, batch)
         text = (inputs.kwargs or {}).get("attention_mask")
         if smoothing := self.recipe.label_smoothing:
             loss = (1 - smoothing) * loss + smoothing * uniform_cross_entropy(logits_of(output), text)
@@ -58,6 +62,14 @@ class Objective:
             loss = loss + distill.hidden * hidden_loss(self.mine, self.theirs, text)
         return loss
 
+    def _own(self, output: Any, batch: Any) -> torch.Tensor:
+        if self.loss is not None:
+            return self.loss(output, batch)
+        learns_all = self.teacher is not None and self.recipe.distill.weight == 1
+        if learns_all and not (isinstance(output, Mapping) and output.get("loss") is not None):
+            return logits_of(output).new_zeros(())  # without labels
+        return _own_loss(output)
+
 
 def _own_loss(output: Any) -> torch.Tensor:
     """Hugging Face models return their loss where a batch has labels."""
@@ -71,14 +83,24 @@ def _own_loss(output: Any) -> torch.Tensor:
 
 def logits_of(output: Any) -> torch.Tensor:
     """What a classifier or a language model returns, classes last; those of a dense prediction ``(n, classes, height,
-    width)`` are moved there."""
+    width)`` are moved there.
+
+    Raises:
+        FinetuneError: there are several outputs, or one number a sample.
+    """
     tensors = output_tensors(output)
     if len(tensors) != 1:
         raise FinetuneError(
             f"label smoothing and distillation need a model that returns logits, and this one returns {len(tensors)} "
             "tensors; wrap it, or set finetune.distill.weight=0 and finetune.label_smoothing=0"
         )
-    return tensors[0].movedim(1, -1) if tensors[0].dim() == 4 else tensors[0]
+    logits = tensors[0].movedim(1, -1) if tensors[0].dim() == 4 else tensors[0]
+    if logits.dim() < 2 or logits.shape[-1] == 1:
+        raise FinetuneError(
+            f"label smoothing and distillation compare classes, and this model returns {tuple(tensors[0].shape)}, one "
+            "number a sample; set finetune.distill.weight=0 and finetune.label_smoothing=0"
+        )
+    return logits
 
 
 def without_padding(tensor: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
@@ -128,8 +150,9 @@ def hidden_loss(mine: Hidden, theirs: Hidden, text: torch.Tensor | None = None) 
     return torch.stack(errors).mean()
 
 
-def layers(model: nn.Module) -> set[str]:
-    """The layers that follow each other: the outermost modules of several parts that are no stack of such."""
+def layers(model: nn.Module) -> dict[str, str]:
+    """The layers that follow each other, by their names in the dense model: the outermost modules of several parts
+    that are no stack of such."""
 
     def found(name: str, module: nn.Module) -> Iterator[str]:
         if name and _is_composite(module) and not any(_is_stack(part) for part in module.modules()):
@@ -138,7 +161,8 @@ def layers(model: nn.Module) -> set[str]:
         for child, part in module.named_children():
             yield from found(f"{name}.{child}" if name else child, part)
 
-    return set(found("", model))
+    names = dense_names(model)
+    return {names[name]: name for name in found("", model)}
 
 
 def _is_composite(module: nn.Module) -> bool:
@@ -150,8 +174,9 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 @contextmanager
-def outputs_of_modules(model: nn.Module, names: list[str]) -> Iterator[Hidden]:
-    """Filled by every forward pass with the first output tensor of each module."""
+def outputs_of_modules(model: nn.Module, names: Mapping[str, str]) -> Iterator[Hidden]:
+    """Filled by every forward pass with the first output tensor of each module; ``names``: of modules, by the keys that
+    their outputs get."""
     kept: Hidden = {}
     modules = dict(model.named_modules())
 
@@ -163,7 +188,7 @@ def outputs_of_modules(model: nn.Module, names: list[str]) -> Iterator[Hidden]:
 
         return keep
 
-    handles = [modules[name].register_forward_hook(keeper(name)) for name in names]
+    handles = [modules[name].register_forward_hook(keeper(key)) for key, name in names.items()]
     try:
         yield kept
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import mul
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -99,8 +100,10 @@ def domain_losses(
     with evaluating(model), torch.no_grad(), precision(model, autocast):
         for name, batches in probes.items():
             placed = [moved(batch, device) for batch in batches]
-            losses = [float(loss(inputs_of(batch).call(model), batch)) for batch in placed]
-            found[name] = sum(losses) / len(losses)
+            inputs = [inputs_of(batch) for batch in placed]
+            losses = [float(loss(given.call(model), batch)) for given, batch in zip(inputs, placed, strict=True)]
+            counts = [len(given.tensors()[0]) for given in inputs]
+            found[name] = sum(map(mul, losses, counts)) / sum(counts)
     return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +15,31 @@ from torch import nn
 
 from ...search.candidates import Score
 from ...search.engine import weights_digest
-from ...search.files import METRICS, read_json
+from ...search.files import METRICS, PLAN, WEIGHTS, read_json, write_json
 from ...search.saved import load, save_model
 from ...spaces import Plan
-from ...spaces.calibration import Calibration, batch_norms, inputs_of
+from ...spaces.calibration import Calibration, inputs_of
 from ...spaces.copying import copy_model
 from ...spaces.devices import device_of
-from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError
-from ...spaces.inputs import Inputs
+from ...spaces.errors import ConfigError, FinetuneError, PrunefrontError, StorageError
+from ...spaces.inputs import Inputs, argument_names
+from ...spaces.trace import evaluating
 from ..counting import counted
 from . import randomness
 from .distillation import Loss, Objective
 from .domains import make_loading
-from .loop import NORM_SAMPLES, Data, Loop, Progress, Training, batch_on, check_identity, memory_format, scored
+from .loop import (
+    NORM_SAMPLES,
+    Data,
+    Loop,
+    Progress,
+    Training,
+    batch_on,
+    check_identity,
+    memory_format,
+    scored,
+    trained_norms,
+)
 from .recipe import Recipe
 from .sparsity import make_penalty
 
@@ -93,31 +105,35 @@ def finetune(
     epochs = training if callable(training) else lambda seed: training
     directory = None if run_dir is None else Path(run_dir)
     device = device_of(model)
-    if directory is not None and restart:
-        checkpoint_of(directory).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+    arguments = 1 if example_inputs is None else max(1, len(Inputs.of(example_inputs).args))
+    names = argument_names(model)
     with randomness.undisturbed(device), _explained():
-        first = _first_sample(epochs, recipe.seed)
-        identity = _identity(model, recipe, _batches(epochs, recipe.seed))
-        if directory is not None and (directory / METRICS).exists():
-            return _finished(directory, identity, model)
+        first = _first_sample(epochs, recipe.seed, arguments).only(names)
+        inputs = first if example_inputs is None else Inputs.of(example_inputs)
+        known = {**_costs(model, inputs, metrics or {}), **(metrics or {})}
+        identity = _identity(model, recipe, _batches(epochs, recipe), teacher)
+        if directory is not None and not restart and (directory / METRICS).exists():
+            return _finished(directory, identity, model, {"score": score, "test": test}, autocast)
         calibration = None
-        if batch_norms(model):
-            batches = [batch_on(batch, device, memory_format(model)) for batch in _some_batches(epochs, recipe.seed)]
-            calibration = Calibration(batches, autocast=autocast)
+        if trained_norms(model):
+            batches = _some_batches(epochs, recipe.seed, arguments)
+            placed = [batch_on(batch, device, memory_format(model)) for batch in batches]
+            calibration = Calibration(placed, arguments, autocast=autocast, names=names)
         loading = make_loading(training, recipe.domains, loss, teacher, recipe.autocast, recipe.seed)
-        data = Data(epochs, identity["batches"], calibration, score, autocast, loading)
+        data = Data(epochs, identity["batches"], calibration, score, autocast, loading, arguments, names)
         trained = copy_model(model).to(memory_format=memory_format(model))
         penalty = None
         if recipe.sparsity:
             penalty = make_penalty(trained, recipe.sparsity_kind, recipe.sparsity, first)
-        with Objective(trained, loss, recipe, teacher if recipe.distill else None) as objective:
-            checkpoint = None if directory is None else checkpoint_of(directory)
-            loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks, penalty)
-            loop.resume()
+        if directory is not None:
+            _make_room(directory, restart)
+        checkpoint = None if directory is None else checkpoint_of(directory)
+        objective = Objective(trained, loss, recipe, teacher if recipe.distill else None)
+        loop = Loop(trained, recipe, data, objective, checkpoint, identity, callbacks, penalty)
+        loop.resume()
+        with objective:
             result = loop.run()
-    inputs = first if example_inputs is None else Inputs.of(example_inputs)
-    found = _metrics(result, loop, inputs, metrics or {})
+    found = _metrics(loop, known)
     if test is not None:
         found |= _tested(result, test, autocast)
     if directory is not None:
@@ -129,6 +145,23 @@ def finetune(
 def checkpoint_of(directory: Path) -> Path:
     """Beside the folder, which is written as a whole in the end."""
     return directory.with_name(f"{directory.name}.checkpoint.safetensors")
+
+
+def _make_room(directory: Path, restart: bool) -> None:
+    """So that a folder that cannot be written is told before hours of training. What is not ours stays in it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.is_file():
+            raise NotADirectoryError(f"{directory} is a file")
+        if restart:
+            for path in (directory / METRICS, directory / PLAN, directory / WEIGHTS, checkpoint_of(directory)):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {directory}: {error}") from error
 
 
 def _check(training: Any, model: nn.Module, recipe: Recipe, score: Score | None, teacher: nn.Module | None) -> None:
@@ -154,54 +187,74 @@ def _check(training: Any, model: nn.Module, recipe: Recipe, score: Score | None,
         )
 
 
-def _identity(model: nn.Module, recipe: Recipe, batches: int) -> dict[str, Any]:
+def _identity(model: nn.Module, recipe: Recipe, batches: int, teacher: nn.Module | None) -> dict[str, Any]:
     """What must be the same for training to go on."""
     values = {key: value for key, value in recipe.to_json().items() if key not in FREE}
     for part in ("distill", "domains"):
         values |= {f"{part}.{key}": value for key, value in values.pop(part).items()}
     named = {f"finetune.{key}": value for key, value in values.items()}
-    return {"model": weights_digest(model), "batches": batches, **named}
+    taught = None if teacher is None else weights_digest(teacher)
+    return {"model": weights_digest(model), "batches": batches, "teacher": taught, **named}
 
 
-def _batches(epochs: Training, seed: int) -> int:
-    """Of an epoch; those of a loader that does not know are counted."""
-    epoch = epochs(randomness.seed_of(seed, 0))
+def _batches(epochs: Training, recipe: Recipe) -> int:
+    """Of an epoch; those of a loader that does not know are counted, no further than training goes."""
+    epoch = epochs(randomness.seed_of(recipe.seed, 0))
     try:
         count = len(epoch)  # type: ignore[arg-type]
     except TypeError:
-        count = sum(1 for _ in epoch)
+        count = sum(1 for _ in itertools.islice(epoch, recipe.steps))
     if not count:
         raise FinetuneError("the training data gives no batches; expected a loader that can be read once an epoch")
     return count
 
 
-def _first_sample(epochs: Training, seed: int) -> Inputs:
+def _first_sample(epochs: Training, seed: int, arguments: int) -> Inputs:
     randomness.seed_all(seed, 0)
     batch = next(iter(epochs(randomness.seed_of(seed, 0))), None)
     if batch is None:
         raise FinetuneError("the training data gives no batches; expected a loader that can be read once an epoch")
-    return inputs_of(batch).map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf)
+    inputs = inputs_of(batch, arguments)
+    samples = _samples(inputs)
+
+    def first(leaf: Any) -> Any:
+        is_by_sample = isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == samples
+        return leaf[:1] if is_by_sample else leaf
+
+    return inputs.map(first)
 
 
-def _some_batches(epochs: Training, seed: int) -> list[Any]:
+def _samples(inputs: Inputs) -> int:
+    """Rows of the first tensor that has rows."""
+    return next((len(tensor) for tensor in inputs.tensors() if tensor.dim()), 1)
+
+
+def _some_batches(epochs: Training, seed: int, arguments: int) -> list[Any]:
     """Enough for BatchNorm's statistics, as far as they are no more than ``MAX_BYTES``."""
     randomness.seed_all(seed, 0)
     found: list[Any] = []
     samples, size = 0, 0
     for batch in epochs(randomness.seed_of(seed, 0)):
         found.append(batch)
-        tensors = inputs_of(batch).tensors()
-        samples += len(tensors[0])
-        size += sum(tensor.nbytes for tensor in tensors)
+        inputs = inputs_of(batch, arguments)
+        samples += _samples(inputs)
+        size += sum(tensor.nbytes for tensor in inputs.tensors())
         if samples >= NORM_SAMPLES or size >= MAX_BYTES:
             break
     return found
 
 
-def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, Any]) -> dict[str, Any]:
-    costs = {} if {"params", "macs"} <= known.keys() else counted(model, inputs.to(device_of(model)))[1]
+def _costs(model: nn.Module, inputs: Inputs, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not known of them. Raises FinetuneError where the model rejects ``inputs``."""
+    placed = inputs.to(device_of(model))
+    with evaluating(model), torch.no_grad():
+        placed.call_or_raise(model, FinetuneError, "its example inputs", "Pass example_inputs=, as for discover()")
+        return {} if {"params", "macs"} <= known.keys() else counted(model, placed)[1]
+
+
+def _metrics(loop: Loop, known: Mapping[str, Any]) -> dict[str, Any]:
     before = {f"{key}_before": known[key] for key in ("score", "test") if key in known}
-    found = {**costs, **{key: value for key, value in known.items() if key not in ("score", "test")}, **before}
+    found = {**{key: value for key, value in known.items() if key not in ("score", "test")}, **before}
     if loop.evaluations:
         scores = [evaluation["score"] for evaluation in loop.evaluations]
         found["score"] = max(scores) if loop.best else scores[-1]
@@ -216,11 +269,22 @@ def _metrics(model: nn.Module, loop: Loop, inputs: Inputs, known: Mapping[str, A
     }
 
 
-def _finished(directory: Path, identity: Mapping[str, Any], model: nn.Module) -> Finetuned:
+def _finished(
+    directory: Path,
+    identity: Mapping[str, Any],
+    model: nn.Module,
+    scores: Mapping[str, Score | None],
+    autocast: torch.dtype | None,
+) -> Finetuned:
+    """What is saved there; ``scores`` that were not known when it was are added."""
     metrics = read_json(directory / METRICS)
     check_identity(directory, metrics.get("identity", {}), dict(identity))
     logger.warning("%s is finished already; nothing is trained", directory)
     found = load(directory, model).to(device_of(model))
+    missing = {name: score for name, score in scores.items() if score is not None and name not in metrics}
+    if missing:
+        metrics |= {name: scored(found, score, name, autocast) for name, score in missing.items()}
+        write_json(directory / METRICS, metrics)
     return Finetuned(found, {key: value for key, value in metrics.items() if key != "identity"}, directory)
 
 
@@ -246,7 +310,8 @@ def _explained() -> Iterator[None]:
                 f"memory is not enough to train ({str(error).splitlines()[0]}); lower the batch size (task.batch_size, "
                 "or that of your loader), keep finetune.precision=bfloat16, or do without finetune.ema and distillation"
             ) from error
-        raise FinetuneError(f"training fails with {type(error).__name__}: {error}") from error
+        advice = "; give the loader drop_last=True" if "more than 1 value per channel" in str(error) else ""
+        raise FinetuneError(f"training fails with {type(error).__name__}: {error}{advice}") from error
 
 
 def _is_memory(error: Exception) -> bool:

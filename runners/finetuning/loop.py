@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ...search.candidates import Score, checked_score
-from ...spaces.calibration import Calibration, inputs_of, precision, recalibrate
+from ...spaces.calibration import Calibration, batch_norms, inputs_of, precision, recalibrate
 from ...spaces.copying import copy_model
 from ...spaces.devices import device_of, moved
 from ...spaces.errors import FinetuneError
@@ -25,12 +25,14 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .distillation import Objective
 from .domains import DynamicLoading, domain_losses
 from .interrupts import deferred_interrupt
-from .optimizers import copy_buffers, make_optimizer, move_average, optimizer_tensors, restore_optimizer
+from .optimizers import Masters, copy_buffers, make_optimizer, move_average, optimizer_tensors, restore_optimizer
 from .recipe import Recipe
 
 Training = Callable[[int], Iterable[Any]]
 #: The loss is a curve of about so many points.
 POINTS = 200
+#: What a checkpoint has of the loop beside tensors.
+NUMBERS = ("step", "evaluated_step", "counted", "curve", "evaluations", "seconds")
 #: BatchNorm is recalibrated on so many samples: fewer cost tenths of a point of accuracy after training.
 NORM_SAMPLES = 2048
 
@@ -64,6 +66,10 @@ class Data:
     autocast: torch.dtype | None
     #: Draws batches by domain instead of reading epochs.
     loading: DynamicLoading | None = None
+    #: So many first items of a tuple or list are the model's.
+    arguments: int = 1
+    #: Of those in a mapping, the model's.
+    names: frozenset[str] | None = None
 
 
 class Loop:
@@ -85,8 +91,10 @@ class Loop:
         self.checkpoint, self.identity, self.callbacks = checkpoint, identity, callbacks
         self.device = device_of(model)
         self.memory_format = memory_format(model)
+        self.masters = Masters(model)
         self.average = copy_model(model) if recipe.ema else None
-        self.optimizer = make_optimizer(model, recipe)
+        self.average_masters = None if self.average is None else Masters(self.average)
+        self.optimizer = make_optimizer(self.masters.parameters, recipe)
         self.steps = recipe.total_steps(data.batches)
         self.interval = max(1, self.steps // POINTS)
         self.step = 0
@@ -96,6 +104,8 @@ class Loop:
         self.evaluations: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] = {}
         self.seconds = 0.0
+        #: The last step after which :meth:`evaluate` has run, and after which a checkpoint was written.
+        self.evaluated_step = 0
         self.saved_step: int | None = None
         self.random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
 
@@ -113,6 +123,8 @@ class Loop:
         started = time.perf_counter() - self.seconds
         saved_at = point_at = time.perf_counter()
         point_step = self.step
+        if self.is_due:  # the process was killed while it evaluated
+            self.evaluate_again()
         batches = self.stream()
         with deferred_interrupt() as is_interrupted:
             while self.step < self.steps and not self.has_stalled:
@@ -123,7 +135,9 @@ class Loop:
                     now = time.perf_counter()
                     self.point((self.step - point_step) / max(now - point_at, 1e-9))
                     point_at, point_step = now, self.step
-                if last or self.step % (self.recipe.evaluate_steps or self.data.batches) == 0:
+                if self.is_due:
+                    if last or not self.evaluations:
+                        self.save()  # the score is the user's function, which may fail or take long
                     self.evaluate()
                 self.seconds = time.perf_counter() - started
                 if is_interrupted() or time.perf_counter() - saved_at >= 60 * self.recipe.checkpoint_min:
@@ -131,9 +145,24 @@ class Loop:
                     saved_at = time.perf_counter()
                 if is_interrupted():
                     raise KeyboardInterrupt
+        if self.saved_step != self.step or self.has_stalled:
+            self.save()
         if self.best:
             _fill(self.scored, self.best)
         return self.scored.eval()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to evaluate, and was not done yet."""
+        every = self.recipe.evaluate_steps or self.data.batches
+        return self.evaluated_step < self.step and (self.step == self.steps or self.step % every == 0)
+
+    def evaluate_again(self) -> None:
+        """With the random numbers of then."""
+        assert self.random is not None
+        randomness.restore(self.device, *self.random)
+        self.evaluate()
+        self.random = randomness.state(self.device)
 
     def stream(self) -> Iterator[Any]:
         """The batches that are still to come, epoch after epoch."""
@@ -168,8 +197,8 @@ class Loop:
             group["lr"] = rate
         self.model.train()
         batch = batch_on(batch, self.device, self.memory_format)
-        inputs = inputs_of(batch)
-        self.optimizer.zero_grad()
+        inputs = inputs_of(batch, self.data.arguments).only(self.data.names)
+        self.model.zero_grad()
         with precision(self.model, self.recipe.autocast):
             loss = self.objective(inputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
@@ -177,14 +206,16 @@ class Loop:
         loss.backward()
         if self.penalty is not None:
             self.penalty()
+        self.masters.take_gradients()
         if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.masters.parameters, self.recipe.clip_norm)
         self.optimizer.step()
+        self.masters.give_weights()
         self.step += 1
         self.total_loss += loss.detach()
         self.counted += 1
-        if self.average is not None:
-            move_average(self.average, self.model, self.recipe.ema, self.step)
+        if self.average_masters is not None:
+            move_average(self.average_masters, self.masters, self.recipe.ema, self.step)
 
     def mix(self) -> None:
         """Give domains new weights, where batches are loaded so and it is time to."""
@@ -227,12 +258,14 @@ class Loop:
         if self.average is not None:
             copy_buffers(self.average, self.model)
         if self.data.calibration is not None:
-            recalibrate(self.scored, self.data.calibration, NORM_SAMPLES)
+            recalibrate(self.scored, self.data.calibration, NORM_SAMPLES, trained_norms(self.scored))
         if self.data.score is None:
+            self.evaluated_step = self.step
             return
         score = scored(self.scored, self.data.score, "score", self.data.autocast)
         rises = not self.evaluations or score > max(found["score"] for found in self.evaluations)
         self.evaluations.append({"step": self.step, "epoch": self.step / self.data.batches, "score": score})
+        self.evaluated_step = self.step
         if rises and self.recipe.patience is not None:
             self.best = {name: tensor.detach().clone() for name, tensor in tensors_of(self.scored).items()}
         point = self.curve[-1] if self.curve else {"loss": math.nan, "lr": self.recipe.lr}
@@ -255,9 +288,11 @@ class Loop:
         self.checked_loss()
         states, generators = randomness.state(self.device)
         parts = {"model": tensors_of(self.model), "optimizer": optimizer_tensors(self.optimizer), "random": states}
-        parts |= {"best": self.best, "average": {} if self.average is None else tensors_of(self.average)}
+        parts |= {"masters": self.masters.tensors(), "best": self.best}
+        if self.average is not None and self.average_masters is not None:
+            parts |= {"average": tensors_of(self.average), "average_masters": self.average_masters.tensors()}
         tensors = {f"{part}:{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-        numbers = {name: getattr(self, name) for name in ("step", "counted", "curve", "evaluations", "seconds")}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         save_checkpoint(
             self.checkpoint,
             {**tensors, "total_loss": self.total_loss},
@@ -287,12 +322,14 @@ class Loop:
             part, _, name = key.partition(":")
             parts.setdefault(part, {})[name] = tensor
         _fill(self.model, parts["model"])
-        if self.average is not None:
+        self.masters.restore(parts.get("masters", {}))
+        if self.average is not None and self.average_masters is not None:
             _fill(self.average, parts["average"])
+            self.average_masters.restore(parts.get("average_masters", {}))
         restore_optimizer(self.optimizer, parts.get("optimizer", {}))
         self.best = parts.get("best", {})
-        self.step, self.counted, self.seconds = numbers["step"], numbers["counted"], numbers["seconds"]
-        self.curve, self.evaluations = numbers["curve"], numbers["evaluations"]
+        for name in NUMBERS:
+            setattr(self, name, numbers[name])
         if self.data.loading is not None:
             self.data.loading.restore(numbers["domains"])
         self.saved_step, self.random = self.step, (parts["random"], numbers["random"])
@@ -319,10 +356,20 @@ def scored(model: nn.Module, score: Score, name: str, autocast: torch.dtype | No
         raise FinetuneError(f"the model cannot be scored: {error}") from error
 
 
+def trained_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """BatchNorm layers whose statistics move in training: models may keep some as they are."""
+    was_training = model.training
+    model.train()
+    found = [layer for layer in batch_norms(model) if layer.training]
+    model.train(was_training)
+    return found
+
+
 def memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last for images: in bfloat16 convolutions are faster so, on CPUs and on GPUs."""
+    """Channels last for images: in bfloat16 convolutions are faster so, on CPUs and on GPUs. Volumes cannot."""
     is_image_model = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return torch.channels_last if is_image_model else torch.preserve_format
+    has_volumes = any(parameter.dim() == 5 for parameter in model.parameters())
+    return torch.channels_last if is_image_model and not has_volumes else torch.preserve_format
 
 
 def batch_on(batch: Any, device: torch.device, format: torch.memory_format) -> Any:

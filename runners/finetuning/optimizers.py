@@ -1,8 +1,8 @@
-"""Optimizers, the average of the weights, and their states as named tensors."""
+"""Optimizers, master weights, the average of the weights, and their states as named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,9 +10,48 @@ from torch import nn
 from .recipe import Recipe
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+class Masters:
+    """Float32 copies of a model's half-precision parameters, which are too coarse for the steps of training; all other
+    parameters are their own masters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._pairs = [(parameter, _master(parameter)) for parameter in model.parameters()]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [master for _, master in self._pairs]
+
+    def take_gradients(self) -> None:
+        for parameter, master in self._copied():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        for parameter, master in self._copied():
+            parameter.copy_(master)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are copies, by the place of their parameter."""
+        return {str(place): master for place, (held, master) in enumerate(self._pairs) if held is not master}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for place, master in self.tensors().items():
+            master.copy_(tensors[place])
+
+    def _copied(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        return ((parameter, master) for parameter, master in self._pairs if parameter is not master)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    return nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """Weight decay is for matrices and kernels: norms and biases, which have one dimension, go without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
@@ -48,11 +87,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def move_average(average: Masters, weights: Masters, decay: float, step: int) -> None:
     """Exponential moving average of the parameters; the first steps, ``step`` counted from 1, decay faster."""
     decay = min(decay, (1 + step) / (10 + step))
-    for kept, parameter in zip(average.parameters(), model.parameters(), strict=True):
+    for kept, parameter in zip(average.parameters, weights.parameters, strict=True):
         kept.lerp_(parameter, 1 - decay)
+    average.give_weights()
 
 
 @torch.no_grad()

@@ -23,12 +23,18 @@ from torch.nn import functional as F
 import prunefront
 from prunefront.runners.finetuning import loop
 from prunefront.runners.finetuning.checkpoints import load_checkpoint, save_checkpoint
-from prunefront.runners.finetuning.distillation import distillation_loss, layers, uniform_cross_entropy
+from prunefront.runners.finetuning.distillation import (
+    Objective,
+    distillation_loss,
+    layers,
+    uniform_cross_entropy,
+)
 from prunefront.runners.finetuning.engine import checkpoint_of
 from prunefront.runners.finetuning.optimizers import make_optimizer
 from prunefront.runners.tasks.base import Epoch, cross_entropy
 from prunefront.search.scores import accuracy
 from prunefront.spaces.errors import ConfigError, FinetuneError, StorageError
+from prunefront.spaces.inputs import Inputs
 from tests.processes import environment
 
 Distill, Recipe = prunefront.Distill, prunefront.Recipe
@@ -138,7 +144,7 @@ def test_the_rate_rises_to_its_highest_and_falls_to_its_end(total, warmup, final
 
 def test_norms_and_biases_do_not_decay():
     model = net()
-    groups = make_optimizer(model, Recipe()).param_groups
+    groups = make_optimizer(model.parameters(), Recipe()).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert names == {f"layers.{i}.conv{j}.weight" for i in (0, 1) for j in (1, 2)} | {"linear.weight"}
@@ -233,12 +239,12 @@ def test_hidden_states_of_pruned_layers_come_nearer_to_the_teachers():
 
 
 def test_layers_are_the_outermost_modules_that_are_no_stack():
-    assert layers(net()) == {"layers.0", "layers.1"}
+    assert set(layers(net())) == {"layers.0", "layers.1"}
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
     )
-    names = layers(transformers.BertForSequenceClassification(config))
+    names = set(layers(transformers.BertForSequenceClassification(config)))
     assert {"bert.encoder.layer.0", "bert.encoder.layer.1"} <= names and "bert.encoder" not in names
 
 
@@ -435,7 +441,7 @@ FLAT = nn.Sequential(nn.Flatten(), nn.Linear(72, CLASSES))
         ({"loss": None}, {}, FinetuneError, "has no loss"),
         ({"training": []}, {}, FinetuneError, "no batches"),
         ({"training": iter([data()])}, {}, ConfigError, "generator"),
-        ({"training": [(torch.zeros(4, 9), torch.zeros(4))]}, {}, FinetuneError, "training fails with"),
+        ({"training": [(torch.zeros(4, 9), torch.zeros(4))]}, {}, FinetuneError, "rejects its example inputs"),
         ({"teacher": net(classes=4)}, {"distill": Distill(0.5)}, FinetuneError, "logits of one shape"),
         (
             {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(72, 3))},
@@ -481,3 +487,200 @@ def test_outputs_of_hugging_face_are_mappings():
     from prunefront.runners.finetuning.distillation import logits_of
 
     assert logits_of(output).shape == (2, 3) and logits_of(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.5}], ids=["plain", "ema"])
+def test_half_precision_weights_take_steps_that_are_too_small_for_them(options, tmp_path):
+    """Steps of a hundredth of what bfloat16 can tell apart add up, and go on after an interruption."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)).to(torch.bfloat16)
+    batches = [(torch.ones(4, 2, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long))]
+    recipe = Recipe(optimizer="adamw", lr=2e-5, warmup=0, final_lr=1, weight_decay=0, epochs=200, **options)
+    given = {"training": batches, "loss": lambda out, batch: nn.functional.cross_entropy(out.float(), batch[1])}
+    found = prunefront.finetune(model, recipe=recipe, **given)
+    assert found.model[0].weight.dtype == torch.bfloat16
+    moved = (found.model[2].weight.float() - model[2].weight.float()).abs().max()
+    assert moved > 2e-3
+
+    def interrupted(progress):
+        if progress.step == 100:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        prunefront.finetune(model, recipe=recipe, run_dir=tmp_path / "a", callbacks=[interrupted], **given)
+    again = prunefront.finetune(model, recipe=recipe, run_dir=tmp_path / "a", **given)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), found.model.parameters(), strict=True))
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        with torch.no_grad():
+            self.down.weight.mul_(size)
+            self.down.bias.mul_(size)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_hidden_states_are_those_of_the_layers_that_stayed():
+    """Without its first two blocks, which do nothing, the student computes what the teacher does."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(4, 8), Stack([Residual(0), Residual(0), Residual(5), Residual(5)])).eval()
+    x = torch.randn(6, 4)
+    space = prunefront.discover(teacher, x, kinds=["block"])
+    (group,) = space.groups
+    student = space.slice(prunefront.spaces.Plan.of({group.name: [2, 3]}))
+    with Objective(student, None, Recipe(distill=Distill(1.0, hidden=1.0)), teacher) as objective:
+        assert float(objective(Inputs.of(x), x)) < 1e-6
+
+
+def test_the_average_of_the_weights_has_no_hooks_left():
+    found = tune(net(), replace(PLAIN, ema=0.9, distill=Distill(hidden=1.0)), teacher=net(3))
+    assert not any(module._forward_hooks for module in found.model.modules())
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,)])
+def test_one_number_a_sample_has_no_classes(shape):
+    model, x = nn.Sequential(nn.Linear(2, 1), nn.Flatten(*((0, 1) if len(shape) == 1 else (1, -1)))), torch.randn(6, 2)
+    for recipe in (Recipe(epochs=1, label_smoothing=0.1), Recipe(epochs=1, distill=Distill(0.5))):
+        teacher = nn.Linear(2, 1) if recipe.distill else None
+        with pytest.raises(FinetuneError, match="one number a sample"):
+            prunefront.finetune(
+                model, training=[(x, x)], loss=lambda out, batch: out.mean(), recipe=recipe, teacher=teacher
+            )
+
+
+def test_a_teacher_alone_needs_no_labels():
+    x = torch.randn(6, 4)
+    recipe = Recipe(epochs=3, distill=Distill(1.0))
+    found = prunefront.finetune(nn.Linear(4, 3), training=[x], recipe=recipe, teacher=nn.Linear(4, 3))
+    assert found.metrics["curve"][-1]["loss"] > 0
+
+
+def test_a_failing_score_costs_no_training(tmp_path):
+    def failing(model):
+        raise RuntimeError("the score's own mistake")
+
+    seen = []
+    options = {"run_dir": tmp_path / "a", "callbacks": [lambda progress: seen.append(progress.step)]}
+    for _ in range(2):
+        with pytest.raises(FinetuneError, match="own mistake"):
+            tune(net(), replace(PLAIN, epochs=1), score=failing, **options)
+    trained = len(seen)
+    found = tune(net(), replace(PLAIN, epochs=1), score=lambda model: 1.0, **options)
+    assert len(seen) == trained + 1 and found.metrics["score"] == 1.0  # the score alone
+
+
+def test_restarting_keeps_what_is_not_ours(tmp_path):
+    tune(net(), run_dir=tmp_path / "a")
+    (tmp_path / "a" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError):
+        tune(net(), Recipe(patience=2), score=None, run_dir=tmp_path / "a", restart=True)
+    assert (tmp_path / "a" / "metrics.json").exists()
+    tune(net(), run_dir=tmp_path / "a", restart=True)
+    assert (tmp_path / "a" / "mine.txt").read_text() == "mine"
+
+
+def test_scores_that_a_finished_training_lacks_are_added(tmp_path):
+    found = tune(net(), score=None, run_dir=tmp_path / "a")
+    assert "test" not in found.metrics
+    again = tune(net(), score=None, test=lambda model: 0.5, run_dir=tmp_path / "a")
+    assert again.metrics["test"] == 0.5
+    assert tune(net(), score=None, run_dir=tmp_path / "a").metrics["test"] == 0.5
+
+
+def test_another_teacher_is_another_training(tmp_path):
+    recipe = replace(PLAIN, epochs=1, distill=Distill(0.5))
+    tune(net(), recipe, teacher=net(3), run_dir=tmp_path / "a")
+    with pytest.raises(FinetuneError, match="made with teacher"):
+        tune(net(), recipe, teacher=net(4), run_dir=tmp_path / "a")
+
+
+def test_several_inputs_and_labels_in_a_mapping():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, y):
+            return self.layer(x * y)
+
+    x, y, labels = torch.randn(6, 3), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
+
+    def loss(output, batch):
+        return nn.functional.cross_entropy(output, batch["label"] if isinstance(batch, dict) else batch[2])
+
+    one = {"loss": loss, "recipe": Recipe(epochs=1)}
+    prunefront.finetune(Two(), training=[(x, y, labels)], example_inputs=(x[:1], y[:1]), **one)
+    prunefront.finetune(Two(), training=[{"x": x, "y": y, "label": labels}], **one)
+
+
+def test_a_loader_without_an_end_is_read_as_far_as_training_goes():
+    class Endless:
+        def __iter__(self):
+            while True:
+                yield torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    found = prunefront.finetune(nn.Linear(2, 3), training=Endless(), loss=loss, recipe=Recipe(steps=5))
+    assert found.metrics["steps"] == 5
+
+
+def test_frozen_statistics_stay():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.head = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.norm.running_mean.fill_(7)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x):
+            return self.head(self.norm(self.layer(x)))
+
+    batches = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    found = prunefront.finetune(Frozen(), training=batches, loss=loss, recipe=Recipe(epochs=2, lr=1e-6))
+    assert torch.equal(found.model.norm.running_mean, torch.full((4,), 7.0))
+
+
+def test_a_last_batch_of_one_is_explained():
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    batches = [(torch.randn(n, 2), torch.zeros(n, dtype=torch.long)) for n in (4, 1)]
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    with pytest.raises(FinetuneError, match="drop_last=True"):
+        prunefront.finetune(model, training=batches, loss=loss, recipe=Recipe(epochs=2))
+
+
+def test_images_and_volumes_in_one_model():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.deep, self.head = nn.Conv2d(1, 2, 3), nn.Conv3d(1, 2, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(
+                torch.cat(
+                    [self.flat(x).mean((2, 3)), self.deep(x[:, :, None].repeat(1, 1, 3, 1, 1)).mean((2, 3, 4))], 1
+                )
+            )
+
+    batches = [(torch.randn(4, 1, 5, 5), torch.zeros(4, dtype=torch.long))]
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    assert prunefront.finetune(Both(), training=batches, loss=loss, recipe=Recipe(epochs=1)).metrics["steps"] == 1

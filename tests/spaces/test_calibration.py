@@ -37,3 +37,12 @@ def test_a_generator_is_refused_since_it_would_be_empty_for_the_second_candidate
 
 def test_models_without_batch_norm_need_none():
     check_calibration(nn.Linear(3, 3), None)
+
+
+def test_statistics_are_those_of_all_samples():
+    """A small last batch counts as little as it is."""
+    torch.manual_seed(0)
+    model, x = nn.BatchNorm1d(4), torch.randn(130, 4)
+    recalibrate(model, Calibration([x[:128], 5 + x[128:]]))
+    whole = torch.cat([x[:128], 5 + x[128:]])
+    torch.testing.assert_close(model.running_mean, whole.mean(0))

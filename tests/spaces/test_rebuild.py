@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ import prunefront
 from prunefront.spaces.errors import StorageError
 from prunefront.spaces.proof import outputs_of
 from prunefront.spaces.rebuild import describe, rebuild, refill
-from prunefront.spaces.surgery import tensors_of
+from prunefront.spaces.surgery import dense_names, tensors_of
 from tests.models import build
 
 
@@ -207,3 +208,51 @@ def test_a_record_is_a_dataclass(path):
     description["modules"][1]["attributes"] = {"x": {"record": {"class": path, "attributes": {"args": 1}}}}
     with pytest.raises(StorageError, match="no dataclass"):
         rebuild(description, {})
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = kind(4, 8, num_layers=2, bidirectional=True), nn.Linear(16, 3)
+        self.scale = np.sqrt(2.0)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0] * float(self.scale))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_come_back_alone(kind):
+    model, x = Recurrent(kind).eval(), torch.randn(5, 2, 4)
+    description = json.loads(json.dumps(describe(model)))
+    assert not description["left_out"]
+    again = rebuild(description, copied(model))
+    assert torch.equal(again(x), model(x))
+    with torch.no_grad():
+        again.layer.weight_hh_l0.zero_()
+    assert not torch.equal(again(x), model(x))  # the layer runs on the parameters that it shows
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.act, self.layer = scale, lambda x: x, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.scale * self.act(self.layer(x))
+
+
+def test_the_blocks_that_stayed_are_taken_from_the_dense_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), *(Scaled(0.5 * i) for i in range(1, 5)), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 4)
+    space = prunefront.discover(model, x, include=["blocks"])
+    candidate = space.slice(prunefront.spaces.Plan.of({"blocks": [1, 3]}))
+    description = json.loads(json.dumps(describe(candidate)))
+    again = refill(model, description, copied(candidate))
+    assert torch.equal(again(x), candidate(x)) and [again[1].scale, again[2].scale] == [1.0, 2.0]
+    # Pruned once more.
+    smaller = prunefront.discover(candidate, x, include=["blocks"])
+    twice = smaller.slice(prunefront.spaces.Plan.of({"blocks": [1]}))
+    assert dense_names(twice)["1"] == "4" and dense_names(twice)["2"] == "5"
+    again = refill(model, json.loads(json.dumps(describe(twice))), copied(twice))
+    assert torch.equal(again(x), twice(x))
