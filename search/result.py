@@ -252,6 +252,11 @@ def collect(
         if entry is not None:
             entries.append(entry)
     told(len(entries), len(entries))
+    # What was judged before stays in the running: the guide that chooses finalists is not the score.
+    before = {entry["name"] for entry in _earlier(run_dir).get("front", [])}
+    judged_now = {entry.name for entry in entries}
+    again = [_entry(run_dir, t, candidates) for t in trials if name_of(t.number) in before - judged_now]
+    entries += [entry for entry in map(judge.final, again) if entry is not None]
     if not entries and judge.verification is None:
         raise SearchError(f"none of {len(trials)} candidates can be scored or built; the warnings above say why")
     if not entries:
@@ -265,8 +270,9 @@ def collect(
     best = len(entries) - 1
     if not has_budget:
         best = knee([e.metrics["score"] for e in entries], [e.metrics[objective] for e in entries])
-    described = {**judge.dense(dense or {}), **_dense_latency(entries)}
-    before = {entry["name"] for entry in _earlier(run_dir).get("front", [])}
+    dense_latency = _dense_latency(entries)
+    entries = [_at_one_pace(entry, dense_latency) for entry in entries]
+    described = {**judge.dense(dense or {}), **dense_latency}
     seconds = dict(candidates.timer.seconds)
     write_json(
         run_dir / RESULT,
@@ -361,6 +367,19 @@ def _dense_latency(entries: Sequence[Entry]) -> dict[str, float]:
     """Milliseconds of the dense model, measured beside those of the front."""
     known = [e.metrics for e in entries if "latency_ratio" in e.metrics]
     return {LATENCY_MS: float(np.median([m[LATENCY_MS] / m["latency_ratio"] for m in known]))} if known else {}
+
+
+def _at_one_pace(entry: Entry, dense: Mapping[str, float]) -> Entry:
+    """With its milliseconds as they would be beside a dense model that takes those of ``dense``: machines have slow
+    spells, in which only ratios mean something."""
+    metrics = dict(entry.metrics)
+    if "latency_ratio" not in metrics:
+        return entry
+    factor = metrics["latency_ratio"] * dense[LATENCY_MS] / metrics[LATENCY_MS]
+    metrics |= {key: factor * metrics[key] for key in (LATENCY_MS, "latency_low_ms", "latency_high_ms")}
+    if metrics[LATENCY_MS] != entry.metrics[LATENCY_MS]:
+        write_json(entry.path / METRICS, metrics)
+    return replace(entry, metrics=metrics)
 
 
 def _layers(trials: Sequence[FrozenTrial], for_front: bool) -> list[list[FrozenTrial]]:

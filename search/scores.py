@@ -5,7 +5,8 @@ A search is guided by such a score where there is one; the models that it keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..spaces.calibration import inputs_of
 from ..spaces.devices import device_of, moved
 from ..spaces.errors import ConfigError
-from ..spaces.inputs import output_tensors
+from ..spaces.inputs import argument_names, output_tensors
 from ..spaces.norms import QuickNorms
 from ..spaces.trace import evaluating
 
@@ -55,8 +56,9 @@ class SampleScore:
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
         batch = moved(self.batches[part], device_of(model))
-        with evaluating(model), torch.inference_mode(), QuickNorms():
-            values = self.of_output(inputs_of(batch, self.arguments).call(model), batch, part)
+        inputs = inputs_of(batch, self.arguments).only(argument_names(model))
+        with evaluating(model), torch.inference_mode(), QuickNorms(), same_draws(model, part):
+            values = self.of_output(inputs.call(model), batch, part)
         found = np.asarray(values.double().cpu().numpy())
         if found.ndim != 1 or len(found) != _samples(batch):
             raise ValueError(
@@ -99,8 +101,9 @@ class Fidelity(SampleScore):
         super().__init__(batches, lambda output, _: output, arguments)
         parts: list[list[torch.Tensor]] = []
         with evaluating(dense), torch.inference_mode(), QuickNorms():
-            for batch in self.batches:
-                output = _called(dense, moved(batch, device_of(dense)), arguments)
+            for part, batch in enumerate(self.batches):
+                with same_draws(dense, part):
+                    output = _called(dense, moved(batch, device_of(dense)), arguments)
                 tensors = _compared(output)
                 if not tensors:
                     raise ConfigError("the model's outputs have no floating-point numbers to compare: pass score=")
@@ -162,7 +165,17 @@ def _called(model: nn.Module, batch: Any, arguments: int) -> Any:
     """The output for a batch. Raises ConfigError where the model rejects it."""
     advice = f"Of a batch that is a tuple the first {arguments} are its arguments: SampleScore(arguments=...)"
     what = "a batch of the data that score it"
-    return inputs_of(batch, arguments).call_or_raise(model, ConfigError, what, advice)
+    inputs = inputs_of(batch, arguments).only(argument_names(model))
+    return inputs.call_or_raise(model, ConfigError, what, advice)
+
+
+@contextmanager
+def same_draws(model: nn.Module, part: int) -> Iterator[None]:
+    """Forwards that draw random numbers draw the same ones for every model; the caller's generators are left alone."""
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(part)
+        yield
 
 
 def parts_of(batches: Sequence[Any], samples: int | None, seed: int = 0) -> list[Any]:

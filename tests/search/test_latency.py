@@ -371,3 +371,21 @@ def test_impossible_and_unreadable_budgets(tmp_path):
             search(tmp_path, ComputedTarget(), {"latency": bad})
     with pytest.raises(ConfigError, match="needs timing="):
         prunefront.search(make_model(), INPUTS, score=lambda m: 0.0, budget={"latency": "5ms"}, run_dir=tmp_path)
+
+
+class SlowTarget(ComputedTarget):
+    """Every measurement finds the machine at another pace."""
+
+    def times(self, models, inputs, settings):
+        samples, facts = super().times(models, inputs, settings)
+        pace = 1 + 0.02 * (self.measured % 7)
+        return [[pace * sample for sample in row] for row in samples], facts
+
+
+def test_milliseconds_of_a_front_are_those_of_one_pace(tmp_path):
+    result = search(tmp_path, SlowTarget(), {"latency": "90%"}, mode="front", n_trials=10)
+    dense = json.loads((tmp_path / "result.json").read_text())["dense"]["latency_ms"]
+    for entry in result.front:
+        saved = json.loads((entry.path / "metrics.json").read_text())
+        assert entry.metrics["latency_ms"] == pytest.approx(dense * entry.metrics["latency_ratio"])
+        assert saved["latency_ms"] == entry.metrics["latency_ms"] <= saved["latency_high_ms"]

@@ -186,3 +186,25 @@ def test_all_outputs_with_numbers_for_every_sample_count():
 def test_batches_that_the_model_rejects_are_told_with_what_decides_its_arguments():
     with pytest.raises(ConfigError, match=r"shapes \[\(400, 6\), \(400,\)\].*SampleScore\(arguments=\.\.\.\)"):
         Fidelity(linear(0), [(X, torch.zeros(400))], arguments=2)
+
+
+def test_forwards_that_draw_random_numbers_draw_the_same_ones():
+    class Sampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = linear(0)
+
+        def forward(self, x):
+            return self.layer(x + torch.randn_like(x))
+
+    model, score = Sampling().eval(), Fidelity(Sampling().eval(), [X[:50], X[50:100]])
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert score(model) == score(model) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_in_a_mapping_are_not_given_to_the_model():
+    batches = [{"input": X, "label": linear(0)(X).argmax(1)}]
+    score = SampleScore(batches, lambda output, batch: (output.argmax(1) == batch["label"]).float())
+    assert score(linear(0)) == 1 and Fidelity(linear(0), batches)(linear(0)) == 0

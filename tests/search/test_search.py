@@ -209,6 +209,14 @@ def test_interrupting_keeps_what_was_found(tmp_path):
     assert result.is_interrupted and not run(tmp_path, n_trials=4).is_interrupted
 
 
+def test_what_was_judged_stays_in_the_running(tmp_path):
+    """The guide prefers what the score does not: a longer search must not give up the better model for a worse one."""
+    options = {"guide": "fidelity", "score": lambda model: -fidelity(model), "finalists": 1}
+    scores = [run(tmp_path, n_trials=n, **options).best.metrics["score"] for n in (2, 6, 12)]
+    assert scores == sorted(scores)
+    assert run(tmp_path / "b", n_trials=12, **options).best.metrics["score"] < scores[-1]  # the guide was of no help
+
+
 def test_a_run_of_another_model_is_refused(tmp_path):
     run(tmp_path)
     other = make_model()
