@@ -124,9 +124,12 @@ def _read_weights(path: Path, expected: str, size: int | None) -> dict[str, torc
 
 
 def _input(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
-    return repr(leaf)
+    """Of whole numbers also the largest: what may stand there, such as token ids, follows from no shape."""
+    if not isinstance(leaf, torch.Tensor):
+        return repr(leaf)
+    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    is_whole = not (leaf.is_floating_point() or leaf.is_complex())
+    return described | ({"largest": int(leaf.long().max())} if is_whole and leaf.numel() and not leaf.is_meta else {})
 
 
 def _why_not_alone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,60 @@ NUMBERS = {
 
 
 def write_card(
-    path: Path, title: str, run: Mapping[str, Any], metrics: Mapping[str, Any], widths: Mapping[str, int], licence: str
+    path: Path,
+    title: str,
+    run: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    widths: Mapping[str, int] | None,
+    licence: str,
 ) -> None:
-    """Write ``path``: what was pruned and how, numbers beside the dense model's, widths, the licence of the base."""
-    search, dense = run["space"]["search"], run["dense"]
-    budget = ", ".join(f"{key} {value}" for key, value in search["budget"].items()) or "none"
+    """Write ``path``: what was pruned and how, numbers beside the dense model's, widths, the licence of the base.
+
+    ``widths``: None of the dense model.
+    """
+    dense = run["dense"]
     rows = [
         f"| {label} | {_number(metrics[key])} | {_number(dense.get(key))} | {_share(metrics[key], dense.get(key))} |"
         for key, label in NUMBERS.items()
         if metrics.get(key) is not None
     ]
-    sizes = {group["name"]: group["size"] for group in run["space"]["groups"]}
-    kept = [f"| {name} | {width} | {sizes.get(name, '')} |" for name, width in widths.items()]
-    steps = f"fine-tuned for {metrics['steps']:,} steps" if "steps" in metrics else "not fine-tuned"
     lines = [
         f"# {title}",
         "",
-        "Structurally pruned with prunefront: a smaller model, without masks.",
-        "",
-        f"- search: mode {search['mode']}, budget {budget}",
-        f"- units by {search['criterion']}, repaired by {search['compensation']}, {steps}",
-        f"- licence of the model that was pruned: {licence}",
+        *(_dense() if widths is None else _pruned(run["space"]["search"], metrics)),
+        f"- licence of the {'model' if widths is None else 'model that was pruned'}: {licence}",
         "",
         "| | this model | dense | of dense |",
         "| --- | --- | --- | --- |",
         *rows,
         "",
-        "| group | width | dense |",
-        "| --- | --- | --- |",
-        *kept,
-        "",
+        *(_widths(run["space"]["groups"], widths) if widths else ()),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _dense() -> list[str]:
+    return ["The dense model that a search of prunefront started from: nothing of it was pruned.", ""]
+
+
+def _pruned(search: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    budget = ", ".join(f"{key} {value}" for key, value in search["budget"].items()) or "none"
+    tuning = search.get("tuning")
+    training = [f"trained in its trial ({tuning})"] if tuning else []
+    training += [f"fine-tuned for {metrics['steps']:,} steps"] if "steps" in metrics else []
+    return [
+        "Structurally pruned with prunefront: a smaller model, without masks.",
+        "",
+        f"- search: mode {search['mode']}, budget {budget}",
+        f"- units by {search['criterion']}, repaired by {search['compensation']}, "
+        f"{', '.join(training) or 'not fine-tuned'}",
+    ]
+
+
+def _widths(groups: Sequence[Mapping[str, Any]], widths: Mapping[str, int]) -> list[str]:
+    sizes = {group["name"]: group["size"] for group in groups}
+    kept = [f"| {name} | {width} | {sizes.get(name, '')} |" for name, width in widths.items()]
+    return ["| group | width | dense |", "| --- | --- | --- |", *kept, ""]
 
 
 def _number(value: Any) -> str:

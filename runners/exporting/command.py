@@ -31,12 +31,15 @@ def command(config: DictConfig) -> None:
     import_modules(config.modules)
     run_dir = Path(config.run)
     run = read_run(run_dir)
-    for name in picks(run, config.pick, models_of(run)):
+    names = picks(run, config.pick, models_of(run))
+    for name in names:
         source = folder_of(run_dir, name)
         folder = Path(config.path) if config.path else source / "export" / config.format
+        if config.path and len(names) > 1:
+            folder /= name
         with errors.status(f"exporting {source}"):
             export(source, folder, config.format, config.dynamic_batch)
-            widths = read_plan(source)["widths"] or {}
+            widths = read_plan(source)["widths"]
             write_card(
                 folder / CARD, f"{run_dir.name}/{name}", run, read_json(source / METRICS), widths, config.licence
             )
@@ -60,5 +63,9 @@ def export(source: Path, folder: Path, name: str, dynamic_batch: bool) -> None:
         return
     write, ending = FORMATS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = (2, 3, 1) if dynamic_batch else (None,)
-    write(model.cpu(), [stored_inputs(source, size) for size in sizes], folder / f"model{ending}")
+    sizes, path = (2, 3, 1) if dynamic_batch else (None,), folder / f"model{ending}"
+    try:
+        write(model.cpu(), [stored_inputs(source, size) for size in sizes], path)
+    except ConfigError:
+        path.unlink(missing_ok=True)  # what differs from the model must not be taken for it
+        raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...spaces.errors import ConfigError, TargetError
-from ...spaces.inputs import Inputs
-from ...spaces.surgery import tensors_of
-from ..targets.exporting import OfTensors, check_outputs, named_arrays, quiet
+from ...spaces.inputs import Inputs, output_tensors
+from ..targets.exporting import as_array, check_outputs, in_type, is_bfloat16, named_arrays, widened, write_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,11 @@ def export_onnx(model: nn.Module, examples: Examples, path: Path) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError("format=onnx needs onnx, onnxscript and onnxruntime: pip install 'prunefront[onnx]'")
+    model, examples = _widened(model, examples)
     reasons = []
     for is_traced in (False, True):
         try:
-            _write_onnx(model, examples, path, is_traced)
+            write_onnx(model, examples[0], path, is_traced, _batched(examples))
             _check(model, examples, lambda inputs: _run_onnx(path, inputs), "onnxruntime")
         except Exception as error:  # exporters and runtimes have errors without a root
             reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -44,22 +46,6 @@ def export_onnx(model: nn.Module, examples: Examples, path: Path) -> None:
             return
     path.unlink(missing_ok=True)
     raise ConfigError(f"the model cannot be exported to ONNX: {reasons[0]}; by tracing: {reasons[1]}{_hint(examples)}")
-
-
-def _write_onnx(model: nn.Module, examples: Examples, path: Path, is_traced: bool) -> None:
-    first = examples[0]
-    names, tensors = list(named_arrays(first)), tuple(first.tensors())
-    shared = _shared(tensors) if len(examples) > 1 else []
-    options: dict[str, Any] = {"dynamo": not is_traced}
-    if shared and is_traced:
-        options["dynamic_axes"] = {names[index]: {0: "batch"} for index in shared}
-    elif shared:
-        batch = torch.export.Dim("batch")
-        options["dynamic_shapes"] = {"tensors": tuple({0: batch} if i in shared else {} for i in range(len(tensors)))}
-    if not is_traced:
-        options["external_data"] = False
-    with torch.no_grad(), quiet():
-        torch.onnx.export(OfTensors(model, first), tensors, str(path), input_names=names, verbose=False, **options)
 
 
 def _run_onnx(path: Path, inputs: Inputs) -> list[Any]:
@@ -76,6 +62,7 @@ def export_openvino(model: nn.Module, examples: Examples, path: Path) -> None:
         raise ConfigError("format=openvino needs openvino: pip install 'prunefront[openvino]'")
     import openvino
 
+    model, examples = _widened(model, examples)
     between = path.with_suffix(".onnx")
     try:
         export_onnx(model, examples, between)
@@ -95,16 +82,8 @@ def export_openvino(model: nn.Module, examples: Examples, path: Path) -> None:
 def export_pt2(model: nn.Module, examples: Examples, path: Path) -> None:
     """A program of torch.export, which ``torch.export.load(path).module()`` runs without the model's code."""
     first = examples[0]
-    shared = set(_shared(first.tensors())) if len(examples) > 1 else set()
-    batch = torch.export.Dim("batch")
-    tensors = iter(range(len(first.tensors())))
-
-    def shape(leaf: Any) -> Any:
-        return ({0: batch} if next(tensors) in shared else None) if isinstance(leaf, torch.Tensor) else None
-
-    shapes = first.map(shape)
-    dynamic = (*shapes.args, *dict(shapes.kwargs or {}).values()) if shared else None
     try:
+        dynamic = _dynamic_shapes(model, examples) if len(examples) > 1 else None
         program = torch.export.export(model, first.args, dict(first.kwargs or {}), dynamic_shapes=dynamic)
         torch.export.save(program, path)
     except Exception as error:  # torch.export's errors have no root
@@ -115,16 +94,15 @@ def export_pt2(model: nn.Module, examples: Examples, path: Path) -> None:
     loaded = torch.export.load(path).module()
 
     def run(inputs: Inputs) -> list[Any]:
-        from ...spaces.inputs import output_tensors
-
-        return [tensor.detach().numpy() for tensor in output_tensors(inputs.call(loaded))]
+        return [as_array(tensor) for tensor in output_tensors(inputs.call(loaded))]
 
     _check(model, examples, run, "torch.export")
 
 
 def export_safetensors(model: nn.Module, examples: Examples, path: Path) -> None:
-    """The weights alone, by the names of the model's ``state_dict``."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
+    """The weights alone, by the names of the model's ``state_dict``, which loads them; shared ones under every name."""
+    named = model.state_dict().items()
+    tensors = {n: tensor.cpu().contiguous().clone() for n, tensor in named if isinstance(tensor, torch.Tensor)}
     save_file(tensors, path)
     written = load_file(path)
     if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
@@ -140,10 +118,32 @@ FORMATS: dict[str, tuple[Callable[[nn.Module, Examples, Path], None], str]] = {
 }
 
 
-def _shared(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Those whose first dimension is the batch: as long as that of the first tensor."""
-    sizes = [tensor.shape[0] if tensor.dim() else None for tensor in tensors]
-    return [index for index, size in enumerate(sizes) if size is not None and size == sizes[0]]
+def _dynamic_shapes(model: nn.Module, examples: Examples) -> dict[str, Any]:
+    """What torch.export is told of the arguments by name, in the order of the forward's signature."""
+    batched, batch = _batched(examples), torch.export.Dim("batch")
+    numbers = itertools.count()
+
+    def shape(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, torch.Tensor) and next(numbers) in batched else None
+
+    shapes = examples[0].map(shape)
+    return dict(inspect.signature(model.forward).bind(*shapes.args, **(shapes.kwargs or {})).arguments)
+
+
+def _widened(model: nn.Module, examples: Examples) -> tuple[nn.Module, Examples]:
+    if not is_bfloat16(model):
+        return model, examples
+    logger.warning(
+        "the model is of bfloat16 and the file of float32: runtimes take their inputs from NumPy, which has none"
+    )
+    wide, _ = widened(model, examples[0])
+    return wide, [in_type(inputs, torch.float32) for inputs in examples]
+
+
+def _batched(examples: Examples) -> list[int]:
+    """Numbers of the tensors whose first dimension is the batch: it differs between the examples."""
+    lengths = [[tensor.shape[:1] for tensor in inputs.tensors()] for inputs in examples]
+    return [index for index, found in enumerate(zip(*lengths, strict=True)) if len(set(found)) > 1]
 
 
 def _check(model: nn.Module, examples: Examples, run: Callable[[Inputs], list[Any]], where: str) -> None:

@@ -37,7 +37,8 @@ def export_huggingface(
     ``"widths"`` of ``plan.json``), with which errors name groups instead of tensors.
 
     Raises:
-        ConfigError: the model is none of transformers, or layers differ, which its configuration cannot say.
+        ConfigError: the model is none of transformers, or layers differ, which its configuration cannot say, or
+            transformers refuses to save it.
         StorageError: the folder exists already or cannot be written, or what was written is another model.
     """
     directory = Path(directory)
@@ -53,7 +54,7 @@ def export_huggingface(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         copied: Any = copy_model(model).cpu().eval()  # tensors with memory of their own: safetensors refuses others
-        copied.save_pretrained(temporary)
+        _save(copied, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         _verify(copied, temporary, Inputs.of(example_inputs).to("cpu"))
@@ -63,6 +64,18 @@ def export_huggingface(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Raises ConfigError if transformers refuses, as it does for options of generating that contradict each other."""
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"transformers does not save the model: {reason}. Correct that on the loaded model, such as "
+            "model.generation_config.do_sample = True, and give it to export_huggingface"
+        ) from error
 
 
 def check_uniform(model: nn.Module, widths: Mapping[str, int]) -> None:

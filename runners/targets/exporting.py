@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
         raise TargetError("this target exports to ONNX: pip install 'prunefront[onnx]'")
     if traced:
         try:
-            return _export(model, inputs, path, dynamo=False)
+            return write_onnx(model, inputs, path, traced=True)
         except Exception as error:  # it has no root of its errors
             logger.info("exported without tracing, since that fails: %s", _first_line(error))
     try:
-        _export(model, inputs, path, dynamo=True, external_data=False)
+        write_onnx(model, inputs, path, traced=False)
     except Exception as error:
         raise TargetError(
             f"the model cannot be exported to ONNX: {_first_line(error)}; use target=torch, or make its forward "
@@ -73,12 +73,20 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool = Fal
         ) from error
 
 
-def _export(model: nn.Module, inputs: Inputs, path: Path, **options: Any) -> None:
-    names = list(named_arrays(inputs))
+def write_onnx(model: nn.Module, inputs: Inputs, path: Path, traced: bool, batched: Collection[int] = ()) -> None:
+    """As :func:`export_onnx`, by one exporter, with its errors. ``batched``: numbers of the tensors whose first
+    dimension may have another size."""
+    names, tensors = list(named_arrays(inputs)), tuple(inputs.tensors())
+    options: dict[str, Any] = {"dynamo": not traced}
+    if batched and traced:
+        options["dynamic_axes"] = {names[index]: {0: "batch"} for index in batched}
+    elif batched:
+        batch = torch.export.Dim("batch")
+        options["dynamic_shapes"] = {"tensors": tuple({0: batch} if i in batched else {} for i in range(len(tensors)))}
+    if not traced:
+        options["external_data"] = False
     with torch.no_grad(), quiet(), _plain_attention():
-        torch.onnx.export(
-            OfTensors(model, inputs), tuple(inputs.tensors()), str(path), input_names=names, verbose=False, **options
-        )
+        torch.onnx.export(OfTensors(model, inputs), tensors, str(path), input_names=names, verbose=False, **options)
 
 
 @contextlib.contextmanager
@@ -96,11 +104,12 @@ def _plain_attention() -> Iterator[None]:
 def exported(
     models: Sequence[nn.Module], inputs: Inputs, traced: bool = False, dtype: torch.dtype | None = None
 ) -> Iterator[list[Path]]:
-    """The models as ONNX files in a folder that is removed afterwards; with weights and inputs of ``dtype``."""
+    """The models as ONNX files in a folder that is removed afterwards; with weights and inputs of ``dtype``, or without
+    it their own (see :func:`widened`)."""
     with tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
         paths = [Path(folder) / f"model{index}.onnx" for index in range(len(models))]
         for model, path in zip(models, paths, strict=True):
-            model, here = on_device(model, inputs, "cpu")
+            model, here = widened(*on_device(model, inputs, "cpu"))
             if dtype is not None:
                 model = copy_model(model).to(dtype)
             export_onnx(model, in_type(here, dtype), path, traced)
@@ -119,13 +128,31 @@ def in_type(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
     return inputs.map(lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf)
 
 
+def widened(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Both in float32 if the model is of bfloat16: NumPy, from which runtimes take their inputs, does not have that."""
+    if not is_bfloat16(model):
+        return model, inputs
+    return copy_model(model).float(), in_type(inputs, torch.float32)
+
+
+def is_bfloat16(model: nn.Module) -> bool:
+    return any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
+
+
 def named_arrays(inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """The tensors of ``inputs`` in order, by their names in exported models."""
-    return {f"input{index}": tensor.detach().cpu().numpy() for index, tensor in enumerate(inputs.tensors())}
+    """The tensors of ``inputs`` in order, by their names in exported models; bfloat16 as float32."""
+    return {f"input{index}": as_array(tensor) for index, tensor in enumerate(inputs.tensors())}
+
+
+def as_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """Of NumPy, which has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def check_outputs(model: nn.Module, inputs: Inputs, outputs: Sequence[Any], precision: str, where: str) -> None:
-    """Raises OutputsDiffer where floating-point ``outputs`` of a runtime differ from those of ``model``."""
+    """Raises OutputsDiffer where floating-point ``outputs`` of a runtime that computes in ``precision`` differ from
+    those of ``model``, by more than the coarser of both explains."""
     model, inputs = on_device(model, inputs, "cpu")
     with torch.no_grad():
         expected = output_tensors(inputs.call(model))
@@ -138,7 +165,8 @@ def check_outputs(model: nn.Module, inputs: Inputs, outputs: Sequence[Any], prec
             continue
         right = wanted.float().numpy()
         difference = float(np.abs(found.astype(np.float32) - right).max() / max(float(np.abs(right).max()), 1e-12))
-        if not difference <= TOLERANCE[precision]:
+        own = str(wanted.dtype).removeprefix("torch.")
+        if not difference <= max(TOLERANCE[precision], TOLERANCE.get(own, 0.0)):
             raise OutputsDiffer(f"the outputs of {where} differ from torch's by {difference:.2g} of the largest one")
 
 

@@ -7,6 +7,8 @@ import torch
 
 import prunefront
 from prunefront.runners.exporting.huggingface import export_huggingface
+from prunefront.runners.exporting.inputs import stored_inputs
+from prunefront.search.saved import save_model
 from prunefront.spaces.errors import ConfigError, StorageError
 from tests.models import build
 
@@ -55,6 +57,23 @@ def test_layers_that_differ_are_named(tmp_path):
         export_huggingface(space.apply(plan), tmp_path / "out", inputs, widths=plan.widths)
     with pytest.raises(ConfigError, match=r"gate_proj.weight has \(30, .* space=uniform"):
         export_huggingface(space.apply(plan), tmp_path / "out", inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rotary_that_the_configuration_cannot_say_is_seen_on_stored_inputs(tmp_path):
+    """Attention alone depends on it: with one token everywhere nothing would."""
+    model, inputs = build("llama")
+    model.model.rotary_emb.inv_freq.mul_(3.0)
+    save_model(tmp_path / "saved", model, None, {}, inputs)
+    with pytest.raises(StorageError, match="another function"):
+        export_huggingface(model, tmp_path / "out", stored_inputs(tmp_path / "saved"))
+
+
+def test_options_of_generating_that_transformers_refuses_are_explained(tmp_path):
+    model, inputs = build("llama")
+    model.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(ConfigError, match=r"does not save the model: .*do_sample = True"):
+        export_huggingface(model, tmp_path / "out", inputs)
     assert not list(tmp_path.iterdir())
 
 
