@@ -68,7 +68,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def _is_idle_stub(module: nn.Module) -> bool:
-    """Whether it marks where a model is to be quantised, and observes nothing yet: the identity, or plain arithmetic."""
+    """Whether it marks where a model may be quantised and observes nothing yet: identity or plain arithmetic."""
     is_stub = f"{type(module).__module__}.{type(module).__qualname__}" in _STUBS
     return is_stub and type(getattr(module, "activation_post_process", None)) in (nn.Identity, type(None))
 

@@ -149,6 +149,59 @@ def mv(call: Call) -> list[Label]:
     return [[left[0]]]
 
 
+def trilinear(call: Call) -> list[Label]:
+    """The product of three tensors, each with the dimensions that it lacks, summed over some: ``nn.Bilinear``."""
+    aligned: dict[int, Dimension] = {}
+    for argument, lacking in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
+        label = iter(call.label(argument))
+        rank = call[argument].dim() + len(call[lacking])
+        for position in (place for place in range(rank) if place not in call[lacking]):
+            dimension = next(label)
+            if size(dimension) > 1 or position not in aligned:
+                call.unify(dimension, aligned.setdefault(position, dimension))
+    output = [aligned[position] for position in sorted(aligned) if position not in call["sumdim"]]
+    call.work(1, *output, *(aligned[position] for position in call["sumdim"]))
+    _bilinear_sizes(call)
+    return [output]
+
+
+def _bilinear_sizes(call: Call) -> None:
+    """The module's weight is ``(out, in, other in)``."""
+    if not call.is_weight("i2"):
+        return
+    weight = call.label("i2")
+    call.hint(weight[0], "producer")
+    for dimension in weight:
+        call.hint(dimension, "kind", "neuron")
+    if isinstance(call.recorder.modules.get(call.module), nn.Bilinear):
+        sizes = zip(("out_features", "in1_features", "in2_features"), weight, strict=True)
+        call.recorder.trace.known_sites.extend(IntegerSite(call.module, name, held) for name, held in sizes)
+
+
+def distances(call: Call) -> list[Label]:
+    """``x1 (..., n, width)``, ``x2 (..., m, width)``: what is zero in both is no part of a distance."""
+    left, right = call.label("x1"), call.label("x2")
+    call.unify(left[-1], right[-1])
+    output = [*left[:-1], right[-2]]
+    for position in range(3, len(output) + 1):
+        batches = [label[-position] for label in (left, right) if position <= len(label)]
+        batches.sort(key=size)
+        if size(batches[0]) == size(batches[-1]):
+            call.unify(batches[0], batches[-1])
+        output[-position] = batches[-1]
+    call.work(1, *output, left[-1])
+    return [output]
+
+
+def distance(call: Call) -> list[Label]:
+    """One number for two tensors."""
+    for position in range(1, min(call["self"].dim(), call["other"].dim()) + 1):
+        one, other = (call.label(argument)[-position] for argument in ("self", "other"))
+        if size(one) == size(other):
+            call.unify(one, other)
+    return [[]]
+
+
 RULES = {
     "convolution": convolution,
     "mm": mm,
@@ -156,5 +209,8 @@ RULES = {
     "bmm": bmm,
     "baddbmm": baddbmm,
     "mv": mv,
+    "_trilinear": trilinear,
+    **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), distances),
+    "dist": distance,
     "_grouped_mm": grouped_mm,
 }

@@ -128,7 +128,7 @@ RULES = {
     **dict.fromkeys(("_softmax", "_log_softmax"), softmax),
     **dict.fromkeys(("roll", "flip"), along),
     "cumsum": cumulative,
-    **dict.fromkeys(("sum", "linalg_vector_norm"), total),
+    **dict.fromkeys(("sum", "linalg_vector_norm", "norm"), total),
     **dict.fromkeys(("mean", "var", "std", "var_mean"), average),
     **dict.fromkeys(("amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "any", "all", "prod"), reduction),
 }

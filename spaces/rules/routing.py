@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..labels import STRUCTURAL, Dimension, fixed, freeze, is_frozen, size
+from ..labels import STRUCTURAL, Dimension, fixed, freeze, is_frozen, resolve, size
 from ..trace import Call, Label
 
 
@@ -61,6 +61,59 @@ def index_add(call: Call) -> list[Label]:
     return [target]
 
 
+def index_fill(call: Call) -> list[Label]:
+    target = call.label("self")
+    call.freeze(target[call["dim"] % len(target)], "elements of it are looked up")
+    return [target]
+
+
+def gather(call: Call) -> list[Label]:
+    """``output[i, j] = self[index[i, j], j]``: the looked-up dimension gets the length of the index."""
+    source, chosen = call.label("self"), call.label("index")
+    dim = call["dim"] % max(len(source), 1)
+    _look_up(call, dim, chosen, source)
+    return [chosen]
+
+
+def scatter(call: Call) -> list[Label]:
+    """``self[index[i, j], j] = src[i, j]``, or plus, or another reduction of both."""
+    target, chosen = call.label("self"), call.label("index")
+    dim = call["dim"] % max(len(target), 1)
+    _look_up(call, dim, chosen, target)
+    if isinstance(call.arguments.get("src"), torch.Tensor):
+        source = call.label("src")
+        _look_up(call, dim, chosen, source)
+        call.freeze(source[dim], "elements of it are written to looked-up places")
+    return [target]
+
+
+def _look_up(call: Call, dim: int, chosen: Label, source: Label) -> None:
+    """Places along ``dim`` of ``source`` are looked up; along the others, each has its own if there are as many."""
+    for position, (one, other) in enumerate(zip(chosen, source, strict=True)):
+        if position == dim:
+            _choose(call, other)
+        elif size(one) == size(other):
+            call.unify(one, other)
+        else:
+            for dimension in (one, other):
+                call.freeze(dimension, "a part of it is looked up")
+
+
+def _choose(call: Call, dimension: Dimension) -> None:
+    """Routers look up scores of the experts that they chose."""
+    routed = call.recorder.routed
+    if routed is None or resolve(dimension) != resolve(routed):
+        call.freeze(dimension, "elements of it are looked up")
+
+
+def segment_reduce(call: Call) -> list[Label]:
+    source = list(call.label("data"))
+    axis = call["axis"] % len(source)
+    call.freeze(source[axis], "segments of it are reduced")
+    source[axis] = fixed(call.outputs[0].shape[axis], f"segments ({call.why})")
+    return [source]
+
+
 def index_select(call: Call) -> list[Label]:
     source = list(call.label("self"))
     dim = call["dim"] % len(source)
@@ -114,7 +167,11 @@ RULES = {
     "index": index,
     **dict.fromkeys(("index_put", "_index_put_impl", "_unsafe_index_put"), index_put),
     "_unsafe_index": index,
-    "index_add": index_add,
+    **dict.fromkeys(("index_add", "index_reduce", "index_copy"), index_add),
+    "index_fill": index_fill,
+    "gather": gather,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scatter),
+    "segment_reduce": segment_reduce,
     "index_select": index_select,
     "topk": topk,
     "sort": sort,

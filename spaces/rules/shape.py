@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..labels import SELECTOR, Dimension, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
-from ..trace import Call, Label
+from ..trace import Call, IntegerSite, Label
 from .unknown import unknown
 
 
@@ -98,8 +100,15 @@ def expand(call: Call) -> list[Label]:
 def repeat(call: Call) -> list[Label]:
     source, repeats = call.label("self"), call["repeats"]
     padded = [fixed(1)] * (len(repeats) - len(source)) + list(source)
-    why = f"repeated ({call.why})"
-    return [[d if n == 1 else multiply([fixed(n, why), d]) for d, n in zip(padded, repeats, strict=True)]]
+    return [[_repeated(call, dimension, count) for dimension, count in zip(padded, repeats, strict=True)]]
+
+
+def _repeated(call: Call, dimension: Dimension, count: int) -> Dimension:
+    if count == 1 or size(dimension) != 1:
+        return dimension if count == 1 else multiply([fixed(count, f"repeated ({call.why})"), dimension])
+    repeated = fresh(count)
+    call.integer(count, repeated)
+    return repeated
 
 
 def cat(call: Call) -> list[Label]:
@@ -217,13 +226,36 @@ def _equal_part(call: Call, dimension: Dimension, start: int, stop: int, step: i
     return part
 
 
-def gather(call: Call) -> list[Label]:
+def embedding(call: Call) -> list[Label]:
     """Rows are looked up: the looked-up dimension is fixed, the others pass."""
-    weight, indices = call.label("weight"), call.label("indices")
+    return [[*call.label("indices"), _looked_up(call)]]
+
+
+def embedding_bag(call: Call) -> list[Label]:
+    """Rows are looked up and reduced bag by bag; the other outputs are places in the table."""
+    width = _looked_up(call)
+    if isinstance(call.recorder.modules.get(call.module), nn.EmbeddingBag):
+        call.recorder.trace.known_sites.append(IntegerSite(call.module, "embedding_dim", width))
+    bags, *others = call.outputs
+    return [[fixed(len(bags)), width], *([fixed(length) for length in tensor.shape] for tensor in others)]
+
+
+def _looked_up(call: Call) -> Dimension:
+    """What remains of the rows of a table."""
+    weight = call.label("weight")
     call.freeze(weight[0], "rows are looked up")
     call.hint(weight[1], "producer")
     call.hint(weight[1], "embedding")
-    return [[*indices, weight[1]]]
+    return weight[1]
+
+
+def unfold(call: Call) -> list[Label]:
+    """Windows along a dimension: their elements become the last dimension."""
+    source = list(call.label("self"))
+    dim = call["dimension"] % max(len(source), 1)
+    call.freeze(source[dim], "windows are cut out of it")
+    source[dim] = fixed(call.outputs[0].shape[dim])
+    return [[*source, fixed(call["size"])]]
 
 
 def as_strided(call: Call) -> list[Label]:
@@ -234,7 +266,13 @@ def as_strided(call: Call) -> list[Label]:
 
 
 def created(call: Call) -> list[Label]:
+    """Elements have their values by their places."""
     return [[fixed(n, f"made by {call.why}") for n in tensor.shape] for tensor in call.outputs]
+
+
+def filled(call: Call) -> list[Label]:
+    """All elements are alike: whether the forward makes fewer of them where others are gone, the proof tells."""
+    return [[fixed(length) if length < 2 else fresh(length) for length in tensor.shape] for tensor in call.outputs]
 
 
 RULES = {
@@ -256,7 +294,9 @@ RULES = {
     "glu": glu,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
-    "embedding": gather,
-    **dict.fromkeys(("empty", "zeros", "ones", "full", "arange", "randn", "rand", "new_zeros", "new_ones"), created),
-    **dict.fromkeys(("new_full", "new_empty", "scalar_tensor", "linspace", "empty_strided"), created),
+    "embedding": embedding,
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), embedding_bag),
+    "unfold": unfold,
+    **dict.fromkeys(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"), filled),
+    **dict.fromkeys(("arange", "randn", "rand", "scalar_tensor", "linspace", "empty_strided"), created),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..labels import SELECTOR, concatenate, fixed, fresh, multiply, size
 from ..trace import Call, Label
 
@@ -58,6 +60,24 @@ def pixel_unshuffle(call: Call) -> list[Label]:
     return [[*source[:-3], channels, *(fixed(n) for n in call.outputs[0].shape[-2:])]]
 
 
+def im2col(call: Call) -> list[Label]:
+    """The elements of each window stand side by side: ``(..., channels x kernel, windows)``."""
+    source = call.label("self")
+    for dimension in source[-2:]:
+        call.freeze(dimension, "spatial")
+    kernel = fixed(math.prod(call["kernel_size"]), SELECTOR)
+    return [[*source[:-3], multiply([source[-3], kernel]), fixed(call.outputs[0].shape[-1])]]
+
+
+def col2im(call: Call) -> list[Label]:
+    source = call.label("self")
+    call.freeze(source[-1], "spatial")
+    kernel = math.prod(call["kernel_size"])
+    channels = fresh(size(source[-2]) // kernel)
+    call.unify(source[-2], multiply([channels, fixed(kernel, SELECTOR)]))
+    return [[*source[:-2], channels, *(fixed(n) for n in call.outputs[0].shape[-2:])]]
+
+
 def channel_shuffle(call: Call) -> list[Label]:
     source, groups = call.label("self"), call["groups"]
     outer, inner = fixed(groups, SELECTOR), fresh(size(source[1]) // groups)
@@ -80,6 +100,8 @@ RULES = {
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), grid_sampler),
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
+    "im2col": im2col,
+    "col2im": col2im,
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
 }

@@ -306,7 +306,7 @@ def test_marks_for_quantisation_that_do_nothing_yet_are_no_obstacle(make):
     space = prunefront.discover(model, X)
     plan = space.plan({group.name: 3 for group in space.groups})
     torch.testing.assert_close(space.slice(plan)(X), space.mask(plan)(X))
-    assert len(space.groups) == 1
+    assert len(space.groups) == 2
 
 
 def test_what_the_messages_advise_works():

@@ -134,3 +134,132 @@ def test_pruned_experts_run_in_half_precision_although_found_in_single():
     with torch.no_grad():
         logits = space.slice(plan).to(torch.bfloat16)(**inputs).logits
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+class Forward(nn.Module):
+    """Layers of 8 and 6, a readout of 3, and whatever the forward needs more."""
+
+    def __init__(self, forward, inputs=4, **extra):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(inputs, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        for name, value in extra.items():
+            setattr(self, name, value)
+        self.run = forward
+
+    def forward(self, *given):
+        return self.run(self, *given)
+
+
+def prunable(forward, x, others=(), inputs=4, **extra):
+    return check(Forward(forward, inputs, **extra).eval(), x, others)
+
+
+NODES, MORE_NODES = random(5, 4), random(9, 4)
+TARGETS, MORE_TARGETS = torch.tensor([0, 1, 1, 0, 2, 4]), torch.tensor([3, 1, 1, 8, 2, 4, 0, 0, 1, 2])
+GRAPH, OTHER_GRAPHS = (NODES, TARGETS), [(MORE_NODES, MORE_TARGETS)]
+
+
+def passing(send):
+    """One round of messages: from each edge's node to the ones that ``send`` adds them to."""
+
+    def forward(self, x, targets):
+        h = F.relu(self.a(x))
+        sent = send(self.b(h)[targets.flip(0)], targets, len(x))
+        return self.c(F.relu(sent))
+
+    return forward
+
+
+def columns(targets, messages):
+    return targets[:, None].expand(-1, messages.shape[1])
+
+
+SENDERS = {
+    "scatter_add_": lambda m, to, n: torch.zeros(n, m.shape[1], dtype=m.dtype).scatter_add_(0, columns(to, m), m),
+    "scatter_add": lambda m, to, n: m.new_zeros(n, m.shape[1]).scatter_add(0, columns(to, m), m),
+    "expand_as": lambda m, to, n: m.new_zeros(n, m.size(1)).scatter_add(0, to[:, None].expand_as(m), m),
+    "repeat": lambda m, to, n: m.new_zeros(n, m.size(1)).scatter_add(0, to[:, None].repeat(1, m.size(1)), m),
+    "transposed": lambda m, to, n: m.new_zeros(m.size(1), n).scatter_add_(1, to.expand(m.size(1), -1), m.T).T,
+    "scatter": lambda m, to, n: m.new_zeros(n, m.shape[1]).scatter(0, columns(to, m), m),
+    "mean": lambda m, to, n: m.new_zeros(n, m.shape[1]).scatter_reduce(0, columns(to, m), m, "mean"),
+    "amax": lambda m, to, n: m.new_zeros(n, m.shape[1]).scatter_reduce_(
+        0, columns(to, m), m, "amax", include_self=False
+    ),
+    "index_add": lambda m, to, n: torch.zeros(n, m.shape[1], dtype=m.dtype).index_add(0, to, m),
+    "index_add_": lambda m, to, n: m.new_zeros((n, m.shape[-1])).index_add_(0, to, m),
+    "index_reduce": lambda m, to, n: m.new_ones(n, m.shape[1]).index_reduce(0, to, m, "prod"),
+    "index_copy": lambda m, to, n: m.new_zeros(n, m.shape[1]).index_copy(0, to, m),
+    "index_fill": lambda m, to, n: m.index_fill(0, to[:1], 0.5),
+    "gather": lambda m, to, n: m.gather(0, columns(to % len(m), m)),
+    "take_along_dim": lambda m, to, n: torch.take_along_dim(m, to[:, None] % len(m), 0),
+    "segments": lambda m, to, n: torch.segment_reduce(m, "sum", lengths=torch.tensor([2, len(m) - 2])),
+    "unfold": lambda m, to, n: m.unfold(0, 3, 2).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", SENDERS)
+@pytest.mark.filterwarnings("ignore:index_reduce")
+def test_messages_between_nodes(name):
+    assert prunable(passing(SENDERS[name]), GRAPH, OTHER_GRAPHS) == {"a": 8, "b": 6}
+
+
+WRITTEN = {
+    "the target's width": lambda m, to, n: m.new_zeros(n, 6).scatter_add_(0, columns(to, m), m),
+    "the index's width": lambda m, to, n: m.new_zeros(n, 6).scatter_add_(0, to[:, None].expand(-1, 6), m),
+    "columns": lambda m, to, n: m.scatter(1, to[:, None] % 6, 1.0),
+    "looked-up columns": lambda m, to, n: m.gather(1, (to[:, None] + torch.arange(6)) % 6),
+    "a part of the columns": lambda m, to, n: m.gather(0, to[:, None].expand(-1, 4) % len(m)).repeat(1, 2)[:, :6],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_widths_and_places_that_are_written_in_the_forward_stay(name):
+    assert prunable(passing(WRITTEN[name]), GRAPH, OTHER_GRAPHS) == {"a": 8}
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings(mode):
+    def forward(self, tokens):
+        return self.c(F.relu(self.b(self.bag(tokens))))
+
+    model = Forward(forward, bag=nn.EmbeddingBag(20, 8, mode=mode)).eval()
+    del model.a
+    tokens = torch.arange(12).reshape(3, 4) % 7
+    assert check(model, tokens, [tokens[:1], tokens.T + 5]) == {"b": 6, "bag": 8}
+    space = prunefront.discover(model, tokens)
+    assert space.slice(space.plan({"bag": 5})).bag.embedding_dim == 5
+
+
+def test_bilinear_layers():
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.c(F.relu(self.pair(h, F.relu(self.b(h)))))
+
+    model = Forward(forward, pair=nn.Bilinear(8, 6, 6)).eval()
+    assert check(model, NODES, [MORE_NODES, random(2, 3, 4)]) == {"a": 8, "b": 6, "pair": 6}
+    space = prunefront.discover(model, NODES)
+    pair = space.slice(space.plan({"a": 5, "b": 4, "pair": 3})).pair
+    assert (pair.in1_features, pair.in2_features, pair.out_features) == (5, 4, 3)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_distances(p):
+    def forward(self, x):
+        h = self.a(x)
+        return torch.cdist(h, self.codes, p=p), (h - h.flip(0)).norm(p, -1)
+
+    codes = nn.Parameter(random(7, 8))
+    for count in (5, 30):  # many go another way
+        assert prunable(forward, random(count, 4), OTHERS[1:], codes=codes)["a"] == 8
+    assert prunable(lambda self, x: torch.dist(self.b(F.relu(self.a(x))), self.b(self.a(x))), NODES) == {"a": 8, "b": 6}
+
+
+def test_windows_of_images():
+    def forward(self, x):
+        windows = F.unfold(self.conv(x), 2, stride=2)
+        return self.mix(F.fold(F.relu(windows), (x.shape[2], x.shape[3]), 2, stride=2))
+
+    model = Forward(forward, conv=nn.Conv2d(3, 8, 3, padding=1), mix=nn.Conv2d(8, 2, 1)).eval()
+    del model.a, model.b, model.c
+    assert check(model, random(2, 3, 8, 8), [random(1, 3, 6, 10)]) == {"conv": 8}
