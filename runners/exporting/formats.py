@@ -134,7 +134,7 @@ def _widened(model: nn.Module, examples: Examples) -> tuple[nn.Module, Examples]
     if not is_bfloat16(model):
         return model, examples
     logger.warning(
-        "the model is of bfloat16 and the file of float32: runtimes take their inputs from NumPy, which has none"
+        "the model is of bfloat16 and the file of float32: runtimes take inputs from NumPy, which has no bfloat16"
     )
     wide, _ = widened(model, examples[0])
     return wide, [in_type(inputs, torch.float32) for inputs in examples]
