@@ -238,8 +238,10 @@ def _times(left: list[Term], right: list[Term]) -> list[Term]:
     copies = sum(term_size(term) for term in left)
     if copies == 1 or len(left) == copies:
         return [term for _ in left for term in right]
-    reason = "repeats a concatenation"
-    freeze(tuple(left), reason)
+    reason = "parts lie side by side inside of what repeats them"
+    if not is_frozen(tuple(left)):  # heads of several parts: the outer units can still go one by one
+        freeze(tuple(right), reason)
+        return [(*term, Factor(size(tuple(right)), reason)) for term in left]
     if copies > MAX_COPIES:
         freeze(tuple(right), reason)
         return [(Factor(copies * size(tuple(right)), reason),)]

@@ -263,3 +263,19 @@ def test_windows_of_images():
     model = Forward(forward, conv=nn.Conv2d(3, 8, 3, padding=1), mix=nn.Conv2d(8, 2, 1)).eval()
     del model.a, model.b, model.c
     assert check(model, random(2, 3, 8, 8), [random(1, 3, 6, 10)]) == {"conv": 8}
+
+
+@pytest.mark.parametrize("family", ["GPTNeoX", "Phi"])
+def test_heads_of_which_a_part_is_rotated(family):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    rotated = {"rotary_pct": 0.25} if family == "GPTNeoX" else {"partial_rotary_factor": 0.25}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, **rotated
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.arange(12).reshape(2, 6) % 7
+    groups = check(model, tokens, [tokens.reshape(1, 12), tokens.reshape(4, 3) + 5])
+    assert [size for name, size in groups.items() if name.endswith(".heads")] == [4, 4]
+    reasons = {frozen.reason for frozen in prunefront.discover(model, tokens).frozen}
+    assert any("side by side" in reason for reason in reasons)  # the parts of a head
