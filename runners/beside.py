@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+
+from .overrides import config_dir_among, key_of, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,7 @@ class Others:
                 process.wait()
             if process.returncode not in (0, 130, -signal.SIGINT, -signal.SIGKILL):
                 log = self.folder / f"{number}.log"
-                last = log.read_text(errors="replace").strip().splitlines()
-                logger.warning("worker %d failed; %s ends with: %s", number, log, last[-1] if last else "nothing")
+                logger.warning("worker %d failed; %s says: %s", number, log, _mistake(log))
         self.processes.clear()
 
 
@@ -85,10 +85,16 @@ def beside(workers: int | None, run_dir: Path, devices: Sequence[str]) -> Iterat
             others.end()
 
 
+def _mistake(log: Path) -> str:
+    """The line with the error; its explanation may have more lines."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+    return next((line for line in lines if line.startswith("error ")), lines[-1])
+
+
 def _overrides(run_dir: Path) -> list[str]:
-    own = ("run_dir", "workers", "devices")
-    given = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in own]
-    return [*given, f"run_dir={json.dumps(str(run_dir))}"]
+    own, hydra = ("run_dir", "workers", "devices"), HydraConfig.get()
+    given = [text for text in hydra.overrides.task if key_of(text) not in own]
+    return [*config_dir_among(hydra.runtime.config_sources), *given, f"run_dir={quoted(str(run_dir))}"]
 
 
 @contextlib.contextmanager

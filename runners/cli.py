@@ -29,7 +29,8 @@ from .config import register
 from .display import errors
 from .experiments import EXPERIMENTS
 from .mistakes import check_complete, explained
-from .overrides import POSITIONAL, forget_options, is_unused, prepare_overrides
+from .overrides import POSITIONAL, forget_options, hide_storage, is_unused, prepare_overrides
+from .runs import MULTIRUN
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _output_is_closed()
     except OSError as error:
-        return _report_error(unwritable(error), debug)
+        return _report_error(refused(error), debug)
     except KeyboardInterrupt:
         errors.print(
             "interrupted; what is finished is kept: search on with resume=<run>, fine-tune with the same command",
@@ -188,7 +189,10 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
     def job(config: DictConfig) -> Any:
         folder = Path(HydraConfig.get().runtime.output_dir)
         # A multirun's table tells of jobs without a result.
-        may_go = is_unused(folder) and folder != Path.cwd() and HydraConfig.get().mode != RunMode.MULTIRUN
+        is_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+        may_go = is_unused(folder) and folder != Path.cwd() and not is_multirun
+        if is_multirun:
+            hide_storage(Path(hydra.utils.get_original_cwd(), HydraConfig.get().sweep.dir, MULTIRUN))
         try:
             check_complete(config, f"prunefront {name}", COMMANDS[name].example)
             return COMMANDS[name].function(config)
@@ -197,7 +201,7 @@ def run_command(name: str, config_name: str, overrides: Sequence[str], debug: bo
         except (PrunefrontError, OSError) as error:
             if may_go:
                 forget_options(folder)
-            failed.append(_report_error(error if isinstance(error, PrunefrontError) else unwritable(error), debug))
+            failed.append(_report_error(error if isinstance(error, PrunefrontError) else refused(error), debug))
             if os.getpid() != own_process:  # of a launcher, which tells this one
                 raise
 
@@ -241,9 +245,11 @@ def _output_is_closed() -> int:
     return 0
 
 
-def unwritable(error: OSError) -> StorageError:
-    """What the file system refuses, such as a folder that cannot be made."""
-    return StorageError(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+def refused(error: OSError) -> PrunefrontError:
+    """What the system refuses, such as a folder that cannot be made."""
+    if error.filename is None:
+        return PrunefrontError(f"the system says: {error.strerror or error}")
+    return StorageError(f"{error.filename} cannot be read or written: {error.strerror or error}")
 
 
 def _report_error(error: PrunefrontError, debug: bool) -> int:

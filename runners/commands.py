@@ -28,7 +28,7 @@ from ..search.files import SPACE, read_json, write_json
 from ..search.fitting import FIRST, described_error
 from ..search.formats import FIDELITY
 from ..search.front import picked_by
-from ..search.latency import LatencyModel
+from ..search.latency import LEAST, LatencyModel
 from ..search.problem import objective_of
 from ..search.progress import SearchProgress
 from ..search.samplers import check_sampler
@@ -45,7 +45,7 @@ from .dense import dense_line, discover_for, prepare, scored_dense
 from .devices import devices_of, placed
 from .display import console, errors, front_table, latency_view, show_load, space_view, stairs_view
 from .making import chosen_budget, make_task, plain, sampler_of, timing_of, tuning_of
-from .overrides import options_keeper, to_be_repeated
+from .overrides import options_keeper, shown_options, to_be_repeated
 from .report import write_report
 from .runs import read_run
 from .tasks import Task
@@ -86,6 +86,7 @@ def check_early(config: DictConfig, budget: Mapping[str, str], run_dir: Path) ->
     check_options(config.mode, config.guide, config.n_trials, config.finalists, config.patience, config.lowest, budget)
     if "latency" in budget and "_target_" not in config.target:
         raise ConfigError("budget.latency needs the target to measure on, such as target=onnxruntime")
+    check_latency(config)
     if isinstance(config.sampler, str):
         check_sampler(config.sampler, config.mode == "front")
     for run in config.warm_start:
@@ -98,11 +99,19 @@ def check_early(config: DictConfig, budget: Mapping[str, str], run_dir: Path) ->
             check_same_search(there, header, f"the run directory {run_dir}")
 
 
+def check_latency(config: DictConfig) -> None:
+    """Raises ConfigError where latency is to be predicted from fewer plans than can be."""
+    if config.latency.most < LEAST:
+        raise ConfigError(f"latency.most must be at least {LEAST}, not {config.latency.most}")
+
+
 def output_folder() -> Path:
     """Of the run, as the user would write it; Optuna's messages go to its log file."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
+    if Path.cwd() != Path(hydra.utils.get_original_cwd()):  # hydra.job.chdir: a relative path would lead nowhere later
+        return run_dir
     return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
 
 
@@ -173,7 +182,7 @@ def tracked_search(
         elif space.repairs_in_two_efforts:
             told = "trials are scored after a quick repair; the best are repaired thoroughly and scored again"
             console.print(told, style="dim")
-        tracker.start({**plain(config), "budget": budget}, run_dir, dense, objective)
+        tracker.start({**shown_options(config), "budget": budget}, run_dir, dense, objective)
 
     try:
         with others, bar as progress:
@@ -278,6 +287,7 @@ def measure(config: DictConfig) -> None:
     """Measure plans of a model on a target until their latency can be predicted, and show how well it can."""
     if config.steps and config.refresh:
         raise ConfigError("steps=true keeps nothing to refresh; leave one of them out")
+    check_latency(config)
     status = nullcontext() if config.json else errors.status("measuring latency")
     timing = timing_of(config)
     if timing is None:

@@ -22,4 +22,8 @@ def command(config: DictConfig) -> None:
 
     console.print(f"{len(study.get_trials(deepcopy=False))} trials of {run_dir}")
     console.print(f"http://{config.host}:{config.port}/dashboard  (Ctrl-C ends)", soft_wrap=True)
-    run_server(storage_of(run_dir / JOURNAL), host=config.host, port=config.port)
+    try:
+        run_server(storage_of(run_dir / JOURNAL), host=config.host, port=config.port)
+    except OSError as error:
+        told = f"{config.host}:{config.port} cannot be listened to: {error.strerror or error}"
+        raise ConfigError(f"{told}; try another port=") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 import hydra
@@ -13,19 +14,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..spaces.errors import ConfigError
+from .overrides import parsed, quoted
 
 #: Hydra's words for a key that no schema has.
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
 #: And for a single value where a list belongs.
 _NO_LIST = re.compile(r"Error merging override (\w+)=[\s\S]*is not a ListConfig")
 
+#: NumPy's generators take as many.
+SEEDS = 2**32
+
 
 def check_complete(config: DictConfig, command: str, example: str) -> None:
-    """Raises ConfigError where a value is missing that has no default. ``example`` is a call that works."""
+    """Raises ConfigError where a value is missing that has no default, and for seeds that no generator takes.
+    ``example`` is a call that works."""
     if missing := OmegaConf.missing_keys(config):
         key = min(missing)
         needs = "the folder of a run first" if key == "run" else f"{key}=..."
         raise ConfigError(f"{command} needs {needs}, as in: {example}")
+    for key in ("seed", "task.seed", "finetune.seed"):
+        seed = OmegaConf.select(config, key)
+        if isinstance(seed, int) and not 0 <= seed < SEEDS:
+            raise ConfigError(f"{key} must be from 0 to {SEEDS - 1}, not {seed}")
 
 
 def explained(error: Exception, command: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
@@ -40,7 +50,17 @@ def explained(error: Exception, command: str, config_name: str, overrides: Seque
     if listed := _NO_LIST.search(text):
         given = next((text for text in overrides if text.startswith(f"{listed[1]}=")), f"{listed[1]}=...")
         text = f"{listed[1]} takes a list: '{listed[1]}=[{given.partition('=')[2]}]'"
+    if unreadable := next((given for given in overrides if "=" in given and parsed(given) is None), None):
+        key, _, value = unreadable.partition("=")
+        text = (
+            f"{command}: {unreadable} cannot be read: characters other than letters, digits and /.:_- mean something "
+            f"to Hydra; quote the value, inside the quotes of the shell: {_for_the_shell(f'{key}={quoted(value)}')}"
+        )
     return ConfigError(text)
+
+
+def _for_the_shell(text: str) -> str:
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
 def _told(error: Exception) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from ..search.budget import LATENCY, parse_budget
 from ..search.files import DENSE, model_meant
 from ..spaces import Cost
 from ..spaces.errors import ConfigError, SearchError
-from .overrides import key_of
+from .overrides import key_of, quoted
 from .runs import dense_cost, own_overrides
 
 #: Options of a search that another search of the same model repeats.
@@ -37,9 +37,10 @@ def picks(run: Mapping[str, Any], pick: DictConfig, entries: Sequence[Entry]) ->
     if budget:
         raise ConfigError("pick takes names or a budget, not both")
     known = [entry["name"] for entry in entries]
-    names = known if pick.names == "all" else [pick.names] if isinstance(pick.names, str) else list(pick.names)
+    given = list(pick.names) if isinstance(pick.names, ListConfig) else [pick.names]
+    names = known if given == ["all"] else list(map(str, given))
     if unknown := [name for name in names if name not in (*known, DENSE)]:
-        raise ConfigError(f"pick: the run has no {', '.join(map(str, unknown))}; it has {', '.join([*known, DENSE])}")
+        raise ConfigError(f"pick: the run has no {', '.join(unknown)}; it has {', '.join([*known, DENSE])}")
     return names
 
 
@@ -86,7 +87,7 @@ def _search(run_dir: str, budget: Sequence[str]) -> str:
     """How to search for the budget with what the run has learnt; runs of the Python API have no options to repeat."""
     kept = [text for text in own_overrides(Path(run_dir)) if key_of(text).partition(".")[0] in _OF_THE_MODEL]
     task = shlex.join(text.lstrip("+") for text in kept) or "task=..."
-    return f"prunefront search {task} {' '.join(budget)} {shlex.quote(f'warm_start=[{run_dir}]')}"
+    return f"prunefront search {task} {shlex.join([*budget, f'warm_start=[{quoted(run_dir)}]'])}"
 
 
 def _has_target(run_dir: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..search.files import DENSE, METRICS, PLAN, RESULT, SPACE, finetuned, front
 from ..search.files import folder_of as folder_of
 from ..spaces import Cost
 from ..spaces.errors import StorageError
+from .overrides import without_secret
 
 #: What Hydra leaves in the folder of several runs.
 MULTIRUN = "multirun.yaml"
@@ -23,8 +25,13 @@ def is_multirun(folder: Path) -> bool:
 
 
 def run_folders(multirun: Path) -> list[Path]:
-    """The folders in that of a multirun, in the order of their jobs."""
-    return sorted(filter(Path.is_dir, multirun.iterdir()), key=lambda path: (len(path.name), path.name))
+    """The folders of jobs in that of a multirun, in their order; others, such as W&B's, are not."""
+    found = [path for path in multirun.iterdir() if path.is_dir() and _is_of_a_job(path)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _is_of_a_job(folder: Path) -> bool:
+    return folder.name.isdigit() or any((folder / name).exists() for name in (".hydra", SPACE))
 
 
 def _run_of(model: Path) -> Path | None:
@@ -43,16 +50,14 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise StorageError(f"{run_dir} does not exist; expected the folder of a run")
     if not (run_dir / SPACE).exists():
         if (run_dir / PLAN).exists() and (run := _run_of(run_dir)):
-            raise StorageError(
-                f"{run_dir} is one model of a run: name the run, and the model: {run} pick={run_dir.name}"
-            )
+            named = shlex.join([str(run), f"pick={run_dir.name}"])
+            raise StorageError(f"{run_dir} is one model of a run: name the run, and the model: {named}")
         inside = sorted(path.parent.name for path in run_dir.glob(f"*/{SPACE}"))
         named = f"; name one of those in it, such as {run_dir / inside[-1]}" if inside else ""
         raise StorageError(f"{run_dir} is no run of a search: it has no {SPACE}{named}")
     if not (run_dir / RESULT).exists():
-        raise StorageError(
-            f"{run_dir} is no finished run: it has no {RESULT}; finish it with prunefront search resume={run_dir}"
-        )
+        command = shlex.join(["prunefront", "search", f"resume={run_dir}"])
+        raise StorageError(f"{run_dir} is no finished run: it has no {RESULT}; finish it with {command}")
     result, space = read_json(run_dir / RESULT), read_json(run_dir / SPACE)
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():
@@ -84,7 +89,7 @@ def dense_cost(dense: Mapping[str, Any]) -> Cost:
 def own_overrides(run_dir: Path) -> list[str]:
     """What the run was started with; nothing where that is not known."""
     path = run_dir / ".hydra" / "overrides.yaml"
-    return [str(text) for text in OmegaConf.load(path)] if path.exists() else []
+    return [without_secret(str(text)) for text in OmegaConf.load(path)] if path.exists() else []
 
 
 def differing_overrides(by_run: Sequence[Sequence[str]]) -> list[str]:

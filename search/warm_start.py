@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ def read_earlier(runs: Sequence[str | Path], problem: Problem, header: Mapping[s
         if described.get("fingerprint") != problem.space.fingerprint:
             differing.append("fingerprint")
         if differing:
-            advice = f"; start={run}/dense takes the model of that run" if differing == ["weights"] else ""
+            advice = (
+                f"; {shlex.quote(f'start={run}/dense')} takes the model of that run" if differing == ["weights"] else ""
+            )
             raise SearchError(
                 f"warm_start={run}: its values cannot be compared: it differs in {', '.join(differing)}{advice}"
             )

@@ -49,4 +49,7 @@ def load_line(folder: Path | str, plan: Mapping[str, Any]) -> str:
     modules = own_modules(plan["structure"])
     first = f"import {', '.join(modules)}; " if modules else ""
     dense = ", model=dense_model" if plan["needs_dense_model"] else ""
-    return f'{first}prunefront.load("{folder}"{dense})'
+    path = str(folder)
+    is_plain = path.isprintable() and not set(path) & {'"', "\\"}
+    text = f'"{path}"' if is_plain else repr(path)
+    return f"{first}prunefront.load({text}{dense})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
@@ -180,4 +181,7 @@ def _target(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(run_dir: Path) -> str | None:
     path = run_dir / ".hydra" / "config.yaml"
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    if not path.exists():
+        return None
+    # Earlier versions wrote URLs of storages down, which may hold a password.
+    return re.sub(r"(?m)^storage: .*://.*$", "storage: ...", path.read_text(encoding="utf-8"))

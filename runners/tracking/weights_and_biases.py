@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import secrets
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.study import name_of
 from ..finetuning import Progress
+from ..overrides import without_secret
 from ..runs import is_multirun
 from .figures import coordinates_figure, front_figure, front_of
 
@@ -82,20 +84,21 @@ class WandbTracker:
         parent = run_dir.resolve().parent
         shared = parent if is_multirun(parent) else run_dir
         self.search_id = _identity(run_dir / "wandb" / "prunefront-id")
-        self.run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=name,
-            group=f"{shared.name}-{_identity(shared / 'wandb' / 'prunefront-id')}",
-            job_type=kind,
-            tags=[kind, *(tag for tag in tags if tag), *self.tags],
-            id=_identity(run_dir / "wandb" / file),
-            resume=None if self.offline else "allow",  # several offline runs of one id are joined by `wandb sync`
-            dir=run_dir,
-            mode=cast(Any, mode),  # W&B checks the value
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with _arguments_without_secret():
+            self.run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=name,
+                group=f"{shared.name}-{_identity(shared / 'wandb' / 'prunefront-id')}",
+                job_type=kind,
+                tags=[kind, *(tag for tag in tags if tag), *self.tags],
+                id=_identity(run_dir / "wandb" / file),
+                resume=None if self.offline else "allow",  # several offline runs of one id are joined by `wandb sync`
+                dir=run_dir,
+                mode=cast(Any, mode),  # W&B checks the value
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
 
     def step(self, progress: Progress) -> None:
         values = {key: value for key, value in asdict(progress).items() if value is not None and key != "steps"}
@@ -187,6 +190,17 @@ class WandbTracker:
             self.run.log_artifact(artifact)
         else:
             self.run.use_artifact(artifact)
+
+
+@contextlib.contextmanager
+def _arguments_without_secret() -> Iterator[None]:
+    """W&B keeps the arguments of the program."""
+    given = sys.argv
+    sys.argv = [without_secret(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _is_logged_in() -> bool:

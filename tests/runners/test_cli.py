@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import ast
 import json
 import shlex
 import shutil
@@ -9,11 +10,16 @@ import sys
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 
 import prunefront
 from prunefront.runners import commands, dense
-from prunefront.runners.cli import COMMANDS, main
+from prunefront.runners.cli import COMMANDS, main, refused
+from prunefront.runners.overrides import prepare_overrides, quoted, value_of
 from prunefront.search.front import picked_by
 from prunefront.search.loop import Loop
 from prunefront.search.study import finished, read_study
@@ -84,10 +90,12 @@ def test_the_picks_of_a_multirun_are_one_table(digits_run, tmp_path, capsys):
         shutil.copytree(digits_run, tmp_path / "m" / name)
         (tmp_path / "m" / name / ".hydra" / "overrides.yaml").write_text(f"- seed=3\n- budget.macs={share}\n")
     (tmp_path / "m" / "2").mkdir()
+    (tmp_path / "m" / "wandb").mkdir()
     (tmp_path / "m" / "multirun.yaml").write_text("")
     assert main(["front", str(tmp_path / "m")]) == 0
     shown = capsys.readouterr()
     assert "budget.macs=40%" in shown.out and "seed=3" not in shown.out and "2 is left out" in shown.err
+    assert "wandb" not in shown.err
     assert main(["front", str(tmp_path / "m"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["overrides"][1] for row in rows] == ["budget.macs=40%", "budget.macs=60%"] and rows[0]["score"] > 0
@@ -104,6 +112,60 @@ def test_brackets_and_colons_are_no_markup(digits_run, in_tmp, capsys):
     shutil.copytree(in_tmp / "m" / "0", in_tmp / "m" / "1")
     (in_tmp / "m" / "1" / ".hydra" / "overrides.yaml").write_text("- space.exclude=[block1.*]\n")
     assert main(["front", "m"]) == 0 and "space.exclude=[block1.*]" in capsys.readouterr().out
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])) | st.text("ab\\'\"${}[](),=:#~ é.01/"))
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_quoted_is_read_as_it_was(text):
+    override = f"key={quoted(text)}"
+    assert value_of(override) == text
+    assert OmegaConf.create({"key": OverridesParser.create().parse_override(override).value()})["key"] == text
+
+
+@pytest.mark.parametrize("name", ["lr=0.1,x", "${x}", "x{y}", "é ü", "a(1)#b", "tr\\", 'it\'s "a"', "~", "a,b"])
+def test_a_run_may_have_any_name(digits_run, in_tmp, capsys, name):
+    (in_tmp / name).symlink_to(digits_run)
+    assert main(["pick", name]) == 0 and capsys.readouterr().out.startswith(f"{name}/front/")
+    assert main(["front", name]) == 0
+    load = capsys.readouterr().out.partition("load    ")[2]
+    assert ast.literal_eval(load.partition("(")[2].strip().removesuffix(")")).startswith(f"{name}/front/")
+    assert main(["pick", name, "pick.macs=1%"]) == 1
+    advised = shlex.split(capsys.readouterr().err.partition("prunefront ")[2])
+    assert value_of(advised[-1].replace("[", "").removesuffix("]")) == name
+    assert (f"run={quoted(name)}") in prepare_overrides("finetune", [name])
+
+
+def test_a_run_with_an_apostrophe_goes_on(in_tmp, tiny, capsys):
+    name = "it's (1) é"
+    assert main(["search", *tiny, "tracker=none", f"run_dir={name}"]) == 0
+    more = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("more"))
+    assert main(shlex.split(more)[2:]) == 0
+    assert main(["finetune", name, "finetune.steps=2", "tracker=none"]) == 0
+    assert main(["worker", name]) == 0 and f"done with {name}" in capsys.readouterr().out
+
+
+def test_where_jobs_change_the_folder_runs_are_named_in_full(in_tmp, tiny, capsys, monkeypatch):
+    assert main(["search", *tiny, "tracker=none", "run_dir=a", "hydra.job.chdir=true"]) == 0
+    assert f"resume={in_tmp}/a " in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_no_file_problem():
+    assert str(refused(OSError(28, "No space left on device"))) == "the system says: No space left on device"
+    assert "a/b cannot be read or written" in str(refused(OSError(13, "Permission denied", "a/b")))
+
+
+def test_the_url_of_a_storage_is_written_nowhere(in_tmp, tiny, capsys):
+    storage = f"storage=sqlite:///{in_tmp}/s3cret.db"
+    assert main(["search", "-m", *tiny, storage, "run_dir=m"]) == 0
+    more = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("more"))
+    assert "resume=m/0 storage=sqlite://... n_trials=" in more
+    written = [path for path in (in_tmp / "m").rglob("*") if path.is_file()]
+    assert {"multirun.yaml", "hydra.yaml", "report.html"} <= {path.name for path in written}
+    assert not [path for path in written if b"s3cret" in path.read_bytes()]
+    assert main(["search", "resume=m/0", "n_trials=7"]) == 1
+    assert "written nowhere; repeat it: prunefront search resume=m/0 storage=sqlite://..." in capsys.readouterr().err
+    assert main(["search", "resume=m/0", storage, "n_trials=7"]) == 0 and "7/7" in capsys.readouterr().out
+    assert main(["finetune", "m/0", "finetune.epochs=1", "tracker=none"]) == 0
 
 
 def test_criteria_and_compensation_are_options_of_the_space(in_tmp, tiny):
@@ -209,6 +271,12 @@ def test_commands_that_only_look(digits_run, in_tmp, capsys):
         (["search", "devices=cpu"], "devices takes a list: 'devices=[cpu]'"),
         (["search", "warm_start=[nowhere]"], "warm_start: nowhere does not exist"),
         (["search", "budget.macs=150%"], "more than the dense model has"),
+        (["search", "budget.macs=(3"], "inside the quotes of the shell: \"budget.macs='(3'\""),
+        (["search", "run_dir="], "run_dir= needs the name of a folder"),
+        (["search", "seed=-1"], "seed must be from 0 to 4294967295, not -1"),
+        (["search", "latency.most=2"], "latency.most must be at least 4, not 2"),
+        (["measure", "latency.most=3"], "latency.most must be at least 4, not 3"),
+        (["pick", "runs/a", "pick=trial0000,trial0009"], "as a list: 'pick=[trial0000,trial0009]'"),
         (["search", "task.width=4", "task.epochs=1", "budget.macs=50"], "was 50% meant?"),
         (["search", "-m", "resume=nowhere"], "does not go with -m"),
         (["front", "nowhere"], "nowhere does not exist"),
@@ -324,6 +392,10 @@ def test_a_command_that_is_refused_at_once_leaves_no_folder(in_tmp, command):
 
 MODULE = """
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 class Net(nn.Sequential):
     def __init__(self, width=8):

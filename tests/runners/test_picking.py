@@ -23,6 +23,12 @@ def test_the_folder_of_a_pick_is_all_that_is_printed(digits_run, capsys):
     assert main(["pick", str(digits_run), "pick.macs=1%"]) == 1 and "prunefront search" in capsys.readouterr().err
 
 
+def test_names_that_hydra_reads_as_numbers_are_names(digits_run, capsys):
+    for given, read in (("12", "12"), ("true", "True"), ("[12,trial0000]", "12")):
+        assert main(["pick", str(digits_run), f"pick={given}"]) == 1
+        assert f"the run has no {read}" in capsys.readouterr().err
+
+
 def test_the_dense_model_is_a_pick_too(digits_run, capsys):
     assert main(["pick", str(digits_run), "pick=dense"]) == 0
     assert capsys.readouterr().out.strip() == str(digits_run / "dense")

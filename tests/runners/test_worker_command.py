@@ -79,6 +79,22 @@ def test_processes_take_devices_in_turn(tmp_path, monkeypatch, workers, devices,
     assert ends == [[device] if device else [] for device in expected]
 
 
+def test_workers_get_the_users_configurations_and_their_errors_are_told(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "space").mkdir(parents=True)
+    (tmp_path / "own" / "space" / "narrow.yaml").write_text("defaults:\n  - widths\n  - _self_\nround_to: 2\n")
+    monkeypatch.setattr(beside, "GRACE_S", 120)
+    options = [*TASK, "n_trials=8", "sampler=random", "workers=2", "run_dir=runs/é"]
+    assert main(["search", *options, "--config-dir", "own", "space=narrow"]) == 0
+    log = Path("runs/é/workers/1.log")
+    assert log.read_text().strip().endswith("done with runs/é")
+    assert "worker 1 failed" not in caplog.text + capsys.readouterr().out
+    log.write_text(
+        "preparing\nerror ConfigError: Could not find 'space/narrow'\nConfig search path:\n\tprovider=schema\n"
+    )
+    assert beside._mistake(log) == "error ConfigError: Could not find 'space/narrow'"
+
+
 def test_devices_that_cannot_be_used_are_told_before_the_search(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["search", *TASK, "devices=[warp]", "run_dir=runs/a"]) == 1
