@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..labels import SELECTOR, Dimension, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
+from ..labels import SELECTOR, Dimension, Term, concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
 from ..trace import Call, IntegerSite, Label
 from .unknown import unknown
 
@@ -195,35 +195,64 @@ def slice_(call: Call) -> list[Label]:
     if equal is not None:
         source[dim] = equal
         return [source]
-    if step != 1 or stop <= start:
+    if stop <= start:  # nothing of it is taken, as where all of a head is rotated
+        source[dim] = fixed(0)
+        return [source]
+    if step != 1:
         call.freeze(source[dim], "sliced with a step")
     if is_frozen(source[dim]):
         source[dim] = fixed(call.outputs[0].shape[dim])
         return [source]
     parts = [fresh(n) for n in (start, stop - start, length - stop)]
-    unify(source[dim], concatenate([part for part in parts if size(part)]), call.why)
+    whole = concatenate([part for part in parts if size(part)])
+    is_product = len(resolve(source[dim])) == 1
+    unify(source[dim], whole, call.why)
     for bound, dimensions in ((start, parts[:1]), (stop, parts[:2])):
         if 0 < bound < length:
             call.integer(bound, concatenate([part for part in dimensions if size(part)]), is_bound=True)
+    if is_product and _is_half(length, start, stop, step):
+        call.hint(whole, "half", str(start))
     source[dim] = parts[1]
     return [source]
+
+
+def _is_half(length: int, start: int, stop: int, step: int) -> bool:
+    return step == 1 and 2 * (stop - start) == length and start in (0, length // 2)
 
 
 def _equal_part(call: Call, dimension: Dimension, start: int, stop: int, step: int) -> Dimension | None:
     """One half of a product, or every n-th element of it: the parts share their units, as those of :func:`split`.
 
-    Rotary embeddings turn the halves of a head, or its even and odd elements, into each other.
+    Rotary embeddings turn the halves of a head, or its even and odd elements, into each other. The first half alone may
+    as well be the queries beside keys and values: what is left is known to be the other half when it is sliced too.
     """
     length, terms = size(dimension), resolve(dimension)
-    halves = step == 1 and 2 * (stop - start) == length and start in (0, length // 2)
+    halves = _is_half(length, start, stop, step)
     interleaved = step > 1 and length % step == 0 and start < step and stop > length - step + start
-    if len(terms) != 1 or not (halves or interleaved):
+    if halves and (other := _other_half(call, terms, start)) is not None:
+        call.unify(*other)
+        call.integer(length // 2, other[0])
+        return other[0]
+    if len(terms) != 1 or not (interleaved or (halves and _is_halved(terms[0]))):
         return None
     count = 2 if halves else step
     part, selector = fresh(length // count), fixed(count, SELECTOR)
     call.unify(dimension, multiply([selector, part] if halves else [part, selector]))
     call.integer(length // count, part)
     return part
+
+
+def _is_halved(term: Term) -> bool:
+    """Whether the halves share their units already."""
+    return bool(term) and term[0].frozen == SELECTOR and term[0].size % 2 == 0
+
+
+def _other_half(call: Call, terms: Dimension, start: int) -> tuple[Dimension, Dimension] | None:
+    """Both halves of ``terms``, if the one that does not begin at ``start`` was sliced before."""
+    for hint in reversed(call.recorder.trace.hints):
+        if hint.role == "half" and hint.text != str(start) and resolve(hint.dimension) == terms:
+            return hint.dimension[:1], hint.dimension[1:]
+    return None
 
 
 def embedding(call: Call) -> list[Label]:

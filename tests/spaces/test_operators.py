@@ -279,3 +279,48 @@ def test_heads_of_which_a_part_is_rotated(family):
     assert [size for name, size in groups.items() if name.endswith(".heads")] == [4, 4]
     reasons = {frozen.reason for frozen in prunefront.discover(model, tokens).frozen}
     assert any("side by side" in reason for reason in reasons)  # the parts of a head
+
+
+class SlicedQueries(nn.Module):
+    """Queries are one half of what one layer makes, keys and values a quarter each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.groups, self.width = 4, 2, 6
+        self.qkv, self.out = nn.Linear(4, 48), nn.Linear(24, 3)
+
+    def forward(self, x):
+        made, edge = self.qkv(x), self.heads * self.width
+        q = made[..., :edge].view(*x.shape[:2], self.heads, self.width)
+        k = made[..., edge : edge + self.groups * self.width].view(*x.shape[:2], self.groups, self.width)
+        v = made[..., edge + self.groups * self.width :].view(*x.shape[:2], self.groups, self.width)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, passed = q[..., : self.width], q[..., self.width :]  # all of it
+        q = torch.cat([q, passed], -1)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=0.4, enable_gqa=True)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def test_queries_that_are_half_of_a_layer_are_not_tied_to_keys_and_values():
+    assert sorted(check(SlicedQueries().eval(), SEQUENCES, OTHERS).values()) == [2, 2, 6]
+
+
+def test_halves_of_a_head_share_their_units_in_either_order():
+    def first(self, x):
+        h = self.a(x)
+        return self.c(F.relu(self.b(torch.cat([h[..., :4] * x[..., :1], h[..., 4:] * x[..., 1:2]], -1) + h)))
+
+    def second(self, x):
+        h = self.a(x)
+        return self.c(F.relu(self.b(torch.cat([-h[..., 4:], h[..., :4]], -1) + h)))
+
+    for forward in (first, second):
+        assert "b" in prunable(forward, NODES, [MORE_NODES])
+
+    def by_width(self, x):
+        h = self.a(x)
+        half = h.shape[-1] // 2
+        return self.c(F.relu(self.b(torch.cat([-h[..., half:], h[..., :half]], -1) + h)))
+
+    assert prunable(by_width, NODES, [MORE_NODES]) == {"a": 4, "b": 6}
