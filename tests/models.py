@@ -123,7 +123,7 @@ class UNet(nn.Module):
 
 
 class LstmClassifier(nn.Module):
-    """The recurrent part cannot be pruned; what is before and after it can."""
+    """A recurrent layer between linear ones."""
 
     def __init__(self) -> None:
         super().__init__()
