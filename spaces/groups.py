@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .labels import SELECTOR, STRUCTURAL, Dimension, Factor, find, resolve, term_size
 from .residual import Substitute
-from .trace import Label, Scope, Trace
+from .trace import IntegerSite, Label, Scope, Trace
 
 #: A dimension as a sum of products: ``i >= 0`` stands for the group with that index, ``-n`` for n fixed elements.
 Layout = tuple[tuple[int, ...], ...]
@@ -288,12 +288,13 @@ def _sites(
     come, and shapes its output as its attributes say.
     """
     choices: dict[tuple[str, str], list[Layout]] = {}
-    seen = {(site.module, site.attribute) for site in trace.given_sizes}
-    read = seen | trace.calculated
+    given = [*trace.given_sizes, *(IntegerSite(*site, dimension) for site, dimension in trace.sizes.equal)]
+    seen = {(site.module, site.attribute) for site in given}
+    read = seen | trace.sizes.calculated
     kinds = [group.kind for group in groups]
-    for site in [*trace.given_sizes, *(s for s in trace.sites if (s.module, s.attribute) not in seen)]:
+    for site in [*given, *(s for s in trace.sites if (s.module, s.attribute) not in seen)]:
         found, key = layout(site.dimension), (site.module, site.attribute)
-        is_read = key in read or (site.is_bound and key in trace.bounds)
+        is_read = key in read or (site.is_bound and key in trace.sizes.bounds)
         if groups_in(found) and (is_read or _is_count_of_heads(site.attribute, found, kinds)):
             choices.setdefault(key, []).append(found)
     chosen = {

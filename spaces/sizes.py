@@ -1,8 +1,9 @@
-"""Which integer attributes of modules the forward uses as sizes.
+"""Where the integers come from that the forward uses as sizes.
 
-While the model is traced, its integer attributes are replaced by integers that know where they come from. A call such
-as ``x.view(batch, length, self.num_heads, -1)`` then tells which dimension ``num_heads`` counts, without guessing from
-equal values; attributes that are only calculated with are told apart from those that are never read.
+While the model is traced, the integer attributes of its modules and the sizes of its tensors are integers that know
+where they come from. A call such as ``x.view(batch, length, self.num_heads, -1)`` then tells which dimension
+``num_heads`` counts, without guessing from equal values, and ``y.view(*x.shape)`` that two tensors are of one width.
+Of attributes that are only calculated with, those count whose results reach such a call, or bound a slice.
 
 An attribute is written as its module would: ``num_heads``, ``shape[0]`` of a tuple or list, ``config.num_heads`` of a
 record (see :func:`is_record`), ``sizes[heads]`` of a dictionary. Modules often share a record: each that reads a size
@@ -15,18 +16,25 @@ import copy
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, is_dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .labels import Dimension
+
 #: Functions that make a tensor of a given shape, and methods that make one like another in all but that.
 CREATING = ("zeros", "ones", "empty", "full", "rand", "randn")
 CREATING_LIKE = ("new_zeros", "new_ones", "new_empty", "new_full")
+#: Functions whose arguments are sizes and counts.
+SHAPING = {*CREATING, *CREATING_LIKE, "view", "reshape", "expand", "unflatten", "split", "split_with_sizes"}
+SHAPING |= {"layer_norm", "rms_norm", "repeat", "repeat_interleave", "tile", "narrow", "chunk", "tensor_split"}
+SHAPING |= {"one_hot", "bincount", "histc"}
 #: Module name and attribute.
 Site = tuple[str, str]
 _STATE = frozenset(vars(nn.Module()))
@@ -35,17 +43,57 @@ NAMESPACES = (SimpleNamespace, Namespace)
 _MOST_FIELDS = 100
 
 
-class TracedInt(int):
-    """An integer attribute that knows its place; calculating with it gives plain integers, and is noted."""
+@dataclass(eq=False)
+class SizeNotes:
+    """What is learnt of attributes while one forward runs."""
 
-    site: Site
-    calculated: set[Site]
+    #: Those from which sizes are calculated, and those that bound slices.
+    calculated: set[Site] = field(default_factory=set)
+    bounds: set[Site] = field(default_factory=set)
+    #: Those that were found equal to the size of a dimension: layers check their inputs so.
+    equal: list[tuple[Site, Dimension]] = field(default_factory=list)
+
+
+class TracedInt(int):
+    """An integer that knows where it comes from, and hands that on when it is calculated with."""
+
+    #: Integers of earlier forwards may be kept somewhere: those of one have its notes.
+    notes: SizeNotes
+    #: The attribute that it is, and all that it was calculated from.
+    site: Site | None
+    sites: frozenset[Site]
+    #: The dimension that it is the size of; or whose size was divided, and by what.
+    dimension: Dimension | None
+    quotient: tuple[Dimension, int] | None
 
     @classmethod
-    def of(cls, value: int, site: Site, calculated: set[Site]) -> TracedInt:
+    def of(
+        cls,
+        value: int,
+        notes: SizeNotes,
+        site: Site | None = None,
+        dimension: Dimension | None = None,
+        sites: frozenset[Site] = frozenset(),
+        quotient: tuple[Dimension, int] | None = None,
+    ) -> TracedInt:
         made = cls(value)
-        made.site, made.calculated = site, calculated
+        made.notes, made.site, made.dimension, made.quotient = notes, site, dimension, quotient
+        made.sites = sites if site is None else frozenset((site,))
         return made
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)  # type: ignore[operator]
+        if equal is True and isinstance(other, TracedInt) and other.notes is self.notes:
+            for one, another in ((self, other), (other, self)):
+                if one.site is not None and another.dimension is not None:
+                    self.notes.equal.append((one.site, another.dimension))
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        equal = self == other
+        return equal if equal is NotImplemented else not equal  # type: ignore[comparison-overlap]
+
+    __hash__ = int.__hash__
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
@@ -54,25 +102,42 @@ class TracedInt(int):
         return int(self)
 
 
-def _noting(name: str) -> Any:
+def _handing_on(name: str) -> Any:
     plain = getattr(int, name)
 
     def calculate(self: TracedInt, *others: Any) -> Any:
-        self.calculated.add(self.site)
-        return plain(self, *others)
+        value = plain(self, *others)
+        if type(value) is not int:
+            return value
+        traced = [other for other in others if isinstance(other, TracedInt) and other.notes is self.notes]
+        sites = self.sites.union(*(other.sites for other in traced))
+        quotient = None
+        if name == "__floordiv__" and self.dimension is not None:
+            quotient = (self.dimension, others[0])
+        return TracedInt.of(value, self.notes, sites=sites, quotient=quotient) if sites or quotient else value
 
     return calculate
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "truediv", "rtruediv", "neg"):
-    setattr(TracedInt, f"__{_name}__", _noting(f"__{_name}__"))
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod", "neg"):
+    setattr(TracedInt, f"__{_name}__", _handing_on(f"__{_name}__"))
+
+
+def of_tensor(shape: Any, label: Sequence[Dimension], notes: SizeNotes) -> torch.Size:
+    """The shape of a tensor, of integers that know its dimensions."""
+    return torch.Size(
+        [
+            TracedInt.of(length, notes, dimension=dimension) if length > 1 else length
+            for length, dimension in zip(shape, label, strict=True)
+        ]
+    )
 
 
 @contextmanager
-def traced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> Iterator[None]:
-    """Replace the integer attributes of ``modules``; those that were calculated with are added to ``calculated``."""
+def traced_integers(modules: dict[str, nn.Module], notes: SizeNotes) -> Iterator[None]:
+    """Replace the integer attributes of ``modules``."""
     with _uncached_einops():
-        yield from _replaced_integers(modules, calculated)
+        yield from _replaced_integers(modules, notes)
 
 
 @contextmanager
@@ -91,13 +156,13 @@ def _uncached_einops() -> Iterator[None]:
         module._reconstruct_from_shape = cached
 
 
-def _replaced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> Iterator[None]:
+def _replaced_integers(modules: dict[str, nn.Module], notes: SizeNotes) -> Iterator[None]:
     replaced = []
     for name, module in modules.items():
         for attribute, value in list(vars(module).items()):
             if attribute in _STATE:
                 continue
-            tracked = _tracked(value, (name, attribute), calculated)
+            tracked = _tracked(value, (name, attribute), notes)
             if tracked is not value:
                 replaced.append((module, attribute, value, tracked))
                 vars(module)[attribute] = tracked
@@ -107,22 +172,34 @@ def _replaced_integers(modules: dict[str, nn.Module], calculated: set[Site]) -> 
         for module, attribute, value, tracked in replaced:
             if vars(module).get(attribute) is tracked:
                 vars(module)[attribute] = value
+        for module in modules.values():
+            for attribute, value in vars(module).items():
+                vars(module)[attribute] = _plain(value)
 
 
-def _tracked(value: Any, site: Site, calculated: set[Site]) -> Any:
+def _plain(value: Any) -> Any:
+    """``value`` without knowledge: forwards keep the sizes of their inputs."""
+    if isinstance(value, TracedInt):
+        return int(value)
+    if type(value) in (tuple, list, torch.Size) and any(isinstance(item, TracedInt) for item in value):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _tracked(value: Any, site: Site, notes: SizeNotes) -> Any:
     """``value`` with its integers replaced: an integer, or those of a tuple, list, record or dictionary."""
     name, attribute = site
     if type(value) is int and value > 1:
-        return TracedInt.of(value, site, calculated)
+        return TracedInt.of(value, notes, site)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(_tracked(item, (name, f"{attribute}[{i}]"), calculated) for i, item in enumerate(value))
+        return type(value)(_tracked(item, (name, f"{attribute}[{i}]"), notes) for i, item in enumerate(value))
     sizes = {key: size for key, size in fields_of(value).items() if type(size) is int and size > 1}
     if not sizes:
         return value
     copied = copy.copy(value)
     for key, size in sizes.items():
-        field = f"{attribute}.{key}" if is_record(value) else f"{attribute}[{key}]"
-        _set_field(copied, key, TracedInt.of(size, (name, field), calculated))
+        place = f"{attribute}.{key}" if is_record(value) else f"{attribute}[{key}]"
+        _set_field(copied, key, TracedInt.of(size, notes, (name, place)))
     return copied
 
 
@@ -161,7 +238,7 @@ def traced_in(module: nn.Module) -> Iterator[tuple[str, TracedInt]]:
         if isinstance(held, TracedInt):
             yield attribute, held
         for value in fields_of(held).values() if attribute not in _STATE else ():
-            if isinstance(value, TracedInt):
+            if isinstance(value, TracedInt) and value.site is not None:
                 yield value.site[1], value
 
 
@@ -183,26 +260,47 @@ def set_size(module: nn.Module, attribute: str, value: int) -> None:
         setattr(module, name, copied)
 
 
-def bounds_in(index: Any, calculated: set[Site]) -> Iterator[Site]:
-    """The attributes that bound a slice. ``calculated``: that of the trace; integers of earlier ones may be kept
-    somewhere."""
+def note_bounds(index: Any, notes: SizeNotes) -> None:
+    """The attributes that bound slices."""
     for part in index if isinstance(index, tuple) else (index,):
         for bound in (part.start, part.stop) if isinstance(part, slice) else ():
-            if isinstance(bound, TracedInt) and bound.calculated is calculated:
-                yield bound.site
+            if isinstance(bound, TracedInt) and bound.notes is notes:
+                (notes.bounds if bound.site is not None else notes.calculated).update(bound.sites)
+
+
+def note_sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], notes: SizeNotes) -> None:
+    """The attributes that a shaping function is given, and those from which what it is given is calculated."""
+    if name in SHAPING:
+        given = [*args, *kwargs.values()]
+        lengths = [item for value in given for item in (value if isinstance(value, tuple | list) else (value,))]
+        for length in lengths:
+            if isinstance(length, TracedInt) and length.notes is notes:
+                notes.calculated |= length.sites
 
 
 def sizes_in_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, calculated: set[Site]
-) -> Iterator[tuple[Site, Any]]:
-    """Pairs of an attribute and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function;
-    ``calculated`` as in :func:`bounds_in`."""
-    for length, place in _lengths_in_call(name, args, kwargs, result):
-        if isinstance(length, TracedInt) and length.calculated is calculated:
-            yield length.site, place
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, notes: SizeNotes
+) -> Iterator[tuple[TracedInt, tuple[torch.Tensor, int]]]:
+    """Pairs of an integer and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
+    for length, place in lengths_in_call(name, args, kwargs, result):
+        if isinstance(length, TracedInt) and length.notes is notes:
+            yield length, place
 
 
-def _lengths_in_call(
+def quotients_in_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, notes: SizeNotes
+) -> Iterator[tuple[Dimension, list[tuple[torch.Tensor, int]]]]:
+    """Dimensions whose size is that of two neighbours in the call together: ``q.view(b, n, heads, q.shape[-1] //
+    heads)``."""
+    given = list(lengths_in_call(name, args, kwargs, result))
+    for (before, outer), (length, inner) in pairwise(given):
+        if isinstance(length, TracedInt) and length.notes is notes and length.quotient is not None:
+            dimension, divisor = length.quotient
+            if int(before) == int(divisor) and outer[0] is inner[0]:
+                yield dimension, [outer, inner]
+
+
+def lengths_in_call(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Iterator[tuple[Any, tuple[torch.Tensor, int]]]:
     """The lengths that a call was given, each with the ``(tensor, dimension)`` that has it."""

@@ -17,10 +17,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import TraceError
 from .inputs import Inputs, output_tensors
-from .labels import Dimension, fixed, freeze, fresh, is_frozen, resolve, size, unify
+from .labels import Dimension, fixed, freeze, fresh, is_frozen, multiply, resolve, size, unify
 from .modes import EagerMode
 from .residual import ModuleCalls, Stack
-from .sizes import CREATING, CREATING_LIKE, Site, bounds_in, sizes_in_call, traced_in, traced_integers
+from .sizes import (
+    CREATING,
+    CREATING_LIKE,
+    SizeNotes,
+    TracedInt,
+    note_bounds,
+    note_sizes,
+    of_tensor,
+    quotients_in_call,
+    sizes_in_call,
+    traced_in,
+    traced_integers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +139,8 @@ class Trace:
     sites: list[IntegerSite] = field(default_factory=list)
     #: The same, seen in the calls themselves instead of concluded from equal values.
     given_sizes: list[IntegerSite] = field(default_factory=list)
-    #: Attributes that the forward calculates with, and that bound slices, as (module, attribute).
-    calculated: set[Site] = field(default_factory=set)
-    bounds: set[Site] = field(default_factory=set)
+    #: What else is known of attributes that give sizes.
+    sizes: SizeNotes = field(default_factory=SizeNotes)
     scales: list[ScaleSite] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     calls: ModuleCalls = field(default_factory=ModuleCalls)
@@ -413,14 +424,34 @@ class FunctionRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in FUNCTIONS:
             return self._as_one(func, *FUNCTIONS[name], args, kwargs or {})
-        result, trace = func(*args, **(kwargs or {})), self.recorder.trace
+        return self._with_sizes(func, name, args, kwargs or {}, func(*args, **(kwargs or {})))
+
+    def _with_sizes(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+        """Learn from the sizes that the call is given; ``result``, or where it is a tensor's size, what knows that."""
+        notes = self.recorder.trace.sizes
+        if getattr(func, "__self__", None) is torch.Tensor.shape:
+            return of_tensor(result, self.recorder.label(args[0]), notes)
+        if func is torch.Tensor.size:
+            known = of_tensor(args[0].shape, self.recorder.label(args[0]), notes)
+            return known if isinstance(result, torch.Size) else known[args[1] if len(args) > 1 else kwargs["dim"]]
         if name == "__getitem__":
-            trace.bounds.update(bounds_in(args[1], trace.calculated))
-        for site, (tensor, dim) in sizes_in_call(name, args, kwargs or {}, result, trace.calculated):
+            note_bounds(args[1], notes)
+        note_sizes(name, args, kwargs, notes)
+        for length, (tensor, dim) in sizes_in_call(name, args, kwargs, result, notes):
             if name in (*CREATING, *CREATING_LIKE):
                 self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
-            trace.given_sizes.append(IntegerSite(*site, self.recorder.label(tensor)[dim]))
+            self._follow(length, self.recorder.label(tensor)[dim], name)
+        for dimension, places in quotients_in_call(name, args, kwargs, result, notes):
+            factors = [self.recorder.label(tensor)[dim] for tensor, dim in places]
+            unify(dimension, multiply(factors), f"{name} by sizes")
         return result
+
+    def _follow(self, length: TracedInt, dimension: Dimension, name: str) -> None:
+        """``dimension`` is as long as ``length`` says."""
+        if length.site is not None:
+            self.recorder.trace.given_sizes.append(IntegerSite(*length.site, dimension))
+        elif length.dimension is not None:
+            unify(length.dimension, dimension, f"{name} by sizes")
 
     def _as_one(self, func: Any, bind: Any, rule: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.recorder.muted = True
@@ -483,7 +514,7 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
             torch.inference_mode(False),
             torch.no_grad(),
             _module_stack(recorder),
-            traced_integers(recorder.modules, recorder.trace.calculated),
+            traced_integers(recorder.modules, recorder.trace.sizes),
             FunctionRecorder(recorder),
             recorder,
         ):

@@ -163,7 +163,7 @@ def test_layers_that_hold_only_with_equal_widths_are_refused():
 
         def forward(self, x):
             h = F.relu(self.one(x))
-            return self.out(F.relu(self.two(h)).view(len(x), h.shape[1], 4, 4))
+            return self.out(F.relu(self.two(h)).view(len(x), int(f"{h.shape[1]}"), 4, 4))
 
     for seed in range(3):
         torch.manual_seed(seed)
@@ -505,3 +505,124 @@ def test_layers_of_an_encoder_that_is_itself_a_residual_block(norm_first, batch_
     check(model, TOKENS)
     stacks = {group.name: group.exact for group in prunefront.discover(model, TOKENS).groups if group.kind == "block"}
     assert stacks == {"1.layers": norm_first, "1.layers.*.self_attn": True}
+
+
+class ShapedAttention(nn.Module):
+    """Takes its width from its input, as timm's first vision transformers did."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.heads, self.scale, self.split = 4, 8**-0.5, split
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm(x))
+        if self.split:
+            parts = qkv.split(width, dim=2)
+            q, k, v = (t.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for t in parts)
+        else:
+            q, k, v = qkv.reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q * self.scale @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_widths_taken_from_the_shape_of_an_input_are_pruned_together(split):
+    torch.manual_seed(0)
+    layers = [nn.Embedding(7, 32), ShapedAttention(split), ShapedAttention(split), nn.Linear(32, 5)]
+    space = prunefront.discover(nn.Sequential(*layers).eval(), TOKENS)
+    assert sorted(group.kind for group in space.groups if group.kind != "block") == ["head", "head_dim"]
+    heads, width = (next(g.name for g in space.groups if g.kind == kind) for kind in ("head", "head_dim"))
+    candidate = space.slice(space.plan({heads: 3, width: 6}))
+    assert candidate[0].embedding_dim == 18 and candidate[1].qkv.out_features == 54
+    candidate(TOKENS)
+    # Without normalisation nothing in it is inexact.
+    for layer in (layers[1], layers[2]):
+        layer.norm = nn.Identity()
+    check(nn.Sequential(*layers).eval(), TOKENS, [TOKENS[:, :3]])
+
+
+def test_tensors_made_as_wide_as_others_are_pruned_with_them():
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.message, self.update, self.out = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(12, 3)
+
+        def forward(self, x, edges):
+            message = torch.relu(self.message(x))
+            total = torch.zeros(len(x), message.shape[1]).to(x).index_add(0, edges, message)
+            rest = message.new_zeros(x.size(0), self.update.weight.shape[0]) + self.update(x)
+            return self.out(total + rest)
+
+    inputs = (torch.randn(5, 4), torch.tensor([0, 1, 1, 2, 4]))
+    space = prunefront.discover(Passing().eval(), inputs)
+    assert [group.size for group in space.groups] == [12]
+
+
+class Distances(nn.Module):
+    """``most`` equals a width, and has nothing to do with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.width, self.most, self.steps = 2, 8, 16, 16
+        self.embedding, self.bias, self.out = nn.Embedding(7, 16), nn.Embedding(16, 2), nn.Linear(16, 5)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        batch, length, _ = x.shape
+        parts = (layer(x).view(batch, length, self.heads, self.width) for layer in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        places = torch.arange(length)
+        near = (places[:, None] - places).abs().clamp(max=self.most - 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(near).permute(2, 0, 1).to(q.dtype))
+        return self.out(x + self.o(mixed.transpose(1, 2).flatten(2)) * (length / self.steps))
+
+
+def test_attributes_that_only_equal_a_width_stay():
+    long = torch.arange(60).reshape(2, 30) % 7
+    groups = check(Distances().double().eval(), TOKENS, [long])
+    assert "heads" in groups
+    space = prunefront.discover(Distances().eval(), TOKENS)
+    candidate = space.slice(space.plan({"heads": 1}))
+    assert (candidate.heads, candidate.most, candidate.steps) == (1, 16, 16)
+
+
+def test_widths_that_are_only_compared_follow():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.embedding, self.inner, self.out = nn.Embedding(7, 16), inner, nn.Linear(16, 5)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            y = self.inner(x, x) if isinstance(self.inner, nn.Transformer) else self.inner(x)[0]
+            return self.out(x + y)
+
+    torch.manual_seed(0)
+    transformer = Around(nn.Transformer(16, 2, 1, 1, 32, batch_first=True))
+    kinds = [group.kind for group in prunefront.discover(transformer.eval(), TOKENS).groups]
+    assert "hidden" in kinds
+    space = prunefront.discover(Around(nn.GRU(16, 16, batch_first=True)).eval(), TOKENS)
+    (group,) = space.groups
+    candidate = space.slice(space.plan({group.name: 5}))
+    assert candidate.inner.input_size == 5
+    check(Around(nn.GRU(16, 16, batch_first=True)).eval(), TOKENS, [TOKENS[:, :2]])
+
+
+def test_sizes_that_a_model_keeps_are_plain_afterwards():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            self.shape, self.width, self.halves = h.shape, h.shape[-1], [h.shape[-1] // 2]
+            return self.b(h)
+
+    model = Keeping().eval()
+    prunefront.discover(model, X)
+    found = [model.width, *model.halves, *getattr(model, "shape", ())]
+    assert all(type(value) is int for value in found)

@@ -98,7 +98,7 @@ def test_blocks_cost_what_they_hold_and_the_last_one_stays(vit):
 def test_widths_that_a_kernel_refuses_are_no_plan():
     model, inputs = build("mixtral")
     space = prunefront.discover(model, inputs)
-    with pytest.raises(PlanError, match="width of hidden must be a multiple of 4"):
+    with pytest.raises(PlanError, match="width of hidden must be a multiple of 8"):
         space.plan({"hidden": 30})
     assert all(group.at_least == 2 for group in space.groups if group.kind == "expert")
 
