@@ -38,6 +38,7 @@ from .budget import (
     parse_lowest,
 )
 from .candidates import Candidates, Score
+from .files import SPACE
 from .guidance import GUIDES, Guidance, guidance
 from .latency import LatencyModel, check_latency
 from .loop import Callback, Loop
@@ -317,9 +318,17 @@ def _prepared(given: Mapping[str, Any], joins: bool = False) -> _Prepared:
             study = join_study(store)
             check_described(study.user_attrs.get(DESCRIBED, {}), space, header, str(run_dir))
         else:
+            is_new = not (run_dir / SPACE).exists()
             described = check_owner(run_dir, space, header)
             study = open_study(store, [guided.name, problem.objective][: 1 + problem.for_front])
             check_described(study.user_attrs.get(DESCRIBED, described), space, header, f"the storage {store.kind}")
+            if is_new and DESCRIBED in study.user_attrs:
+                logger.warning(
+                    "the %s storage has a study %s already, of a run of that name, and this run goes on with it; if it "
+                    "is another one, give this run's folder another name",
+                    store.kind,
+                    store.study_name,
+                )
         problem = replace(problem, shares=shares_for(given["sampler"], study))
         # Seeded anew: a continued search must not draw the same numbers again, and workers not each other's.
         drawn = len(study.get_trials(deepcopy=False)) + (1 + os.getpid() if joins else 0)

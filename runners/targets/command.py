@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,10 @@ from .exporting import exported, named_arrays
 from .local import gives_same_outputs
 from .process import last_line, run_in_group, write_arrays
 
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+#: Colours of terminals; what looks like a number, with whatever separators; and what is one beyond doubt.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LIKE_A_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?[.,_\d]*\d[.,_\d]*(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class CommandTarget:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        return {"target": "command", "command": list(self.command)}
+        program = shutil.which(self.command[0])  # of one name there may be several
+        return {"target": "command", "command": list(self.command), "program": program and str(Path(program).resolve())}
 
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
@@ -72,16 +78,23 @@ class CommandTarget:
         def run() -> float:
             try:
                 ended = run_in_group(arguments, self.timeout_s)
-            except FileNotFoundError as error:
+            except OSError as error:
                 raise TargetError(f"target.command: {arguments[0]} cannot be started: {error}") from error
             except subprocess.TimeoutExpired as error:
                 raise TargetError(f"target.command took longer than {self.timeout_s} s; raise timeout_s") from error
-            numbers = _NUMBER.findall(last_line(ended.stdout))
-            if ended.returncode or not numbers or float(numbers[-1]) <= 0:
+            if ended.returncode:
                 raise TargetError(
-                    f"target.command ended with status {ended.returncode} and printed no positive number of "
-                    f"milliseconds in its last line: {last_line(ended.stderr or ended.stdout)}"
+                    f"target.command ended with status {ended.returncode}: {last_line(ended.stderr or ended.stdout)}"
                 )
-            return float(numbers[-1]) / 1e3
+            return milliseconds_in(last_line(ended.stdout)) / 1e3
 
         return run
+
+
+def milliseconds_in(line: str) -> float:
+    """The last number of the line. Raises TargetError where there is none, or it could be several."""
+    found = [text.rstrip(".,_") for text in _LIKE_A_NUMBER.findall(_COLOUR.sub("", line))]
+    if found and _NUMBER.fullmatch(found[-1]) and 0 < float(found[-1]) < math.inf:
+        return float(found[-1])
+    what = f"{found[-1]!r} in its last line is" if found else "its last line has"
+    raise TargetError(f"target.command: {what} no positive number of milliseconds such as 1203.7: {line}")

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: Where outputs are wanted, and no times.
 _SHORT = Settings(tolerance=math.inf, limit_s=0.0, warm_up_s=0.0, least_rounds=1)
+#: What each runtime runs on.
+DEVICES = {"onnxruntime": ("cpu", "cuda"), "openvino": ("cpu", "gpu"), "tensorrt": ("cpu", "cuda", "gpu")}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +47,7 @@ class TorchTarget:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_threads(self.threads)
         try:
             check_device(self.device)  # others would be timed before they are done
         except ConfigError as error:
@@ -56,13 +59,13 @@ class TorchTarget:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        return {"target": "torch", "version": torch.__version__, **asdict(self)}
+        threads = self.threads or torch.get_num_threads()
+        return {"target": "torch", "version": torch.__version__, **asdict(self), "threads": threads}
 
     def times(
         self, models: Sequence[nn.Module], inputs: Inputs, settings: Settings
     ) -> tuple[list[list[float]], dict[str, Any]]:
         facts = {**protocol.conditions(), "runtime": "torch", **dict(self.description)}
-        facts["threads"] = self.threads or torch.get_num_threads()
         if self._is_cuda:
             facts["gpu"] = torch.cuda.get_device_name(self.device)
         current = torch.cuda.device(self.device) if self._is_cuda else contextlib.nullcontext()
@@ -134,6 +137,10 @@ class OnnxTarget:
 
     def __post_init__(self) -> None:
         check_runtime(self.runtime, self.precision)
+        check_threads(self.threads)
+        if self.device not in DEVICES[self.runtime]:
+            allowed = " or ".join(DEVICES[self.runtime])
+            raise TargetError(f"target.device of {self.runtime} is {allowed}, not {self.device!r}")
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -210,6 +217,11 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise TargetError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise TargetError(f"target.threads must be positive, or null for the runtime's own choice, not {threads}")
 
 
 def check_runtime(runtime: str, precision: str) -> None:

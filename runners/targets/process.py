@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,6 +26,10 @@ from . import remote, runtimes
 
 #: What measures: it travels with the models.
 SCRIPTS = tuple(Path(str(module.__file__)) for module in (protocol, runtimes, remote))
+
+
+#: How often to look whether the process has ended while its children hold the pipe.
+CHILDREN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def run_in_group(command: Sequence[str], timeout_s: float, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """``subprocess.run`` whose processes are all killed where it is left early.
+    """``subprocess.run`` that leaves no process behind: not where it is left early, and none that the command started.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than ``timeout_s``.
@@ -72,12 +77,31 @@ def run_in_group(command: Sequence[str], timeout_s: float, data: bytes = b"") ->
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as process:
         try:
-            stdout, stderr = process.communicate(data, timeout=timeout_s)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
+            stdout, stderr = _communicate(process, data, timeout_s)
+        finally:
+            _kill_group(process)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _communicate(process: subprocess.Popen[bytes], data: bytes, timeout_s: float) -> tuple[bytes, bytes]:
+    """What the process prints until it ends, though its children may keep the pipe open."""
+    deadline = time.monotonic() + timeout_s
+    given: bytes | None = data
+    while True:
+        try:
+            return process.communicate(given, timeout=max(0.0, min(CHILDREN_S, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired as error:
+            given = None  # communication goes on where it was
+            if process.poll() is not None:
+                _kill_group(process)
+                return process.communicate()
+            if time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(process.args, timeout_s) from error
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_answer(ended: subprocess.CompletedProcess[bytes], models: int, where: str, install: str) -> Answer:
@@ -97,7 +121,7 @@ def read_answer(ended: subprocess.CompletedProcess[bytes], models: int, where: s
         samples = [[float(value) for value in row] for row in answer["samples"]]
         outputs = [[_decoded(text) for text in texts] for texts in answer["outputs"]]
         conditions = dict(answer["conditions"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise TargetError(f"{where} gave an answer that cannot be read: {type(error).__name__}: {error}") from error
     rounds = {len(row) for row in samples}
     plausible = all(math.isfinite(value) and value > 0 for row in samples for value in row)

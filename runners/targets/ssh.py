@@ -45,7 +45,9 @@ class SshTarget(OnnxTarget):
 
     @property
     def description(self) -> Mapping[str, Any]:
-        return {"target": "ssh", "host": self.host, "runtime": self.runtime, **self.options}
+        """With what decides which machine is reached, and what runs there."""
+        reached = {"host": self.host, "ssh_options": list(self.ssh_options), "python": self.python}
+        return {"target": "ssh", **reached, "runtime": self.runtime, **self.options}
 
     def _ask(self, folder: Path, models: int) -> Answer:
         package = packed(folder)
@@ -66,7 +68,7 @@ class SshTarget(OnnxTarget):
     def _send(self, package: bytes) -> subprocess.CompletedProcess[bytes]:
         command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={self.connect_timeout_s}"]
         command += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", *self.ssh_options, self.host]
-        script = _SCRIPT.format(python=shlex.quote(self.python))
+        script = _SCRIPT.format(python=_quoted(self.python))
         try:
             return run_in_group([*command, f"sh -c {shlex.quote(script)}"], self.timeout_s, package)
         except FileNotFoundError as error:
@@ -75,6 +77,13 @@ class SshTarget(OnnxTarget):
             raise TargetError(
                 f"{self.host} did not answer within {self.timeout_s:.0f} s; raise target.timeout_s"
             ) from error
+
+
+def _quoted(python: str) -> str:
+    """For a shell, which shall still know whose home ``~/`` is."""
+    if python.startswith("~/"):
+        return '"$HOME"/' + shlex.quote(python.removeprefix("~/"))
+    return shlex.quote(python)
 
 
 def packed(folder: Path) -> bytes:

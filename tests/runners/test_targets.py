@@ -14,6 +14,10 @@ from torch import nn
 
 from prunefront.runners.targets import CommandTarget, OnnxTarget, SshTarget, TorchTarget, exporting, process
 from prunefront.runners.targets import ssh as ssh_module
+from prunefront.runners.targets.command import milliseconds_in
+from prunefront.runners.targets.local import torch_threads
+from prunefront.runners.targets.process import read_answer, run_in_group
+from prunefront.runners.targets.ssh import _quoted
 from prunefront.search import protocol
 from prunefront.search.measurement import Settings, measure, summary
 from prunefront.search.protocol import conditions, interval, time_side_by_side
@@ -320,7 +324,7 @@ def test_a_candidate_that_crashes_is_left_out_and_the_others_are_measured(broken
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ([sys.executable, "-c", "print('fast')", "{model}"], "printed no positive number"),
+        ([sys.executable, "-c", "print('fast')", "{model}"], "no positive number"),
         ([sys.executable, "-c", "raise SystemExit('broken')", "{model}"], "status 1.*broken"),
         ([sys.executable, "-c", "import time; time.sleep(60)", "{model}"], "longer than"),
         (["no-such-program", "{model}"], "cannot be started"),
@@ -379,3 +383,82 @@ def test_a_cut_connection_is_tried_again_and_then_reported(sshd, monkeypatch):
 
     monkeypatch.setattr(ssh_module, "run_in_group", cut_once)
     assert measure(Net(4), INPUTS, board(sshd), settings=QUICK).median_ms > 0 and len(attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "milliseconds"),
+    [
+        ("5.2", 5.2),
+        (".5 ms", 0.5),
+        ("p50 3.75ms", 3.75),
+        ("took 1.5e1 ms.", 15.0),
+        ("\x1b[32m5.2 ms\x1b[0m", 5.2),
+        ("mean 4.0, p90 6.5,", 6.5),
+    ],
+)
+def test_milliseconds_of_a_line(line, milliseconds):
+    assert milliseconds_in(line) == milliseconds
+
+
+@pytest.mark.parametrize("line", ["3,7 ms", "1,234.5 ms", "5e400", "1.2.3", "4_500", "-3", "0.0", "fast", "nan", ""])
+def test_what_could_be_another_number_is_refused(line):
+    with pytest.raises(TargetError, match="no positive number"):
+        milliseconds_in(line)
+
+
+def test_a_program_that_fails_is_not_said_to_have_printed_nothing():
+    command = [sys.executable, "-c", "print(5.0); raise SystemExit('no such board')", "{model}"]
+    with pytest.raises(TargetError, match="ended with status 1: no such board"):
+        measure(Net(4), INPUTS, CommandTarget(command), settings=QUICK)
+
+
+def test_a_file_that_cannot_be_run_is_told(tmp_path):
+    (tmp_path / "timer").write_text("echo 5")
+    with pytest.raises(TargetError, match="cannot be started"):
+        measure(Net(4), INPUTS, CommandTarget([str(tmp_path / "timer"), "{model}"]), settings=QUICK)
+
+
+def test_children_that_a_command_leaves_behind_are_ended():
+    started = time.monotonic()
+    ended = run_in_group(["sh", "-c", "sleep 30 & echo $!"], timeout_s=20)
+    assert time.monotonic() - started < 10
+    child = int(ended.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child is still there")
+
+
+def test_boards_behind_other_ports_and_settings_are_other_targets():
+    one, other = (SshTarget(host="root@localhost", ssh_options=["-p", port]) for port in ("2222", "2223"))
+    assert one.description != other.description
+    assert SshTarget(host="a", python="b").description != SshTarget(host="a").description
+    with torch_threads(1):
+        single = TorchTarget().description
+    assert single == TorchTarget(threads=1).description != TorchTarget(threads=2).description
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TorchTarget(threads=-1), "threads must be positive"),
+        (lambda: OnnxTarget(threads=0), "threads must be positive"),
+        (lambda: OnnxTarget(device="cuda:0"), "is cpu or cuda"),
+        (lambda: OnnxTarget("openvino", device="cuda"), "is cpu or gpu"),
+    ],
+)
+def test_targets_that_cannot_be(make, message):
+    with pytest.raises(TargetError, match=message):
+        make()
+
+
+def test_an_answer_without_arrays_is_told():
+    answer = json.dumps({"samples": [[1.0]], "outputs": [[""]], "conditions": {}})
+    ended = subprocess.CompletedProcess([], 0, f"prunefront {answer}".encode(), b"")
+    with pytest.raises(TargetError, match="cannot be read"):
+        read_answer(ended, 1, "board", "")
+
+
+def test_the_home_of_the_other_machine():
+    assert _quoted("~/v env/bin/python") == "\"$HOME\"/'v env/bin/python'" and _quoted("python3") == "python3"
