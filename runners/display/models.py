@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ...search.files import DENSE, TUNED
-from ...search.formats import FIDELITY, count_text, milliseconds_text, score_text
+from ...search.formats import FIDELITY, count_text, difference_text, milliseconds_text, score_text
 
 
 def finetuned_table(
@@ -112,7 +112,7 @@ def bar(share: float) -> str:
 
 
 def _gain(value: float | None, reference: float | None) -> str:
-    return "" if value is None or reference is None else f"{value - reference:+.4f}"
+    return "" if value is None or reference is None else difference_text(value, reference)
 
 
 #: Columns of the table of models: headings, and how values are written.

@@ -1,16 +1,18 @@
 // One chart: axes, marks, the nearest mark under the pointer. It is drawn anew when its width changes.
+const MOST_TICKS = 50;
 function ticks(low, high, count) {
   const raw = (high - low) / Math.max(count, 1), power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map(factor => factor * power).find(size => size >= raw * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  const first = Math.ceil(low / step - 1e-9);
+  for (let i = 0; i <= MOST_TICKS && (first + i) * step <= high + step * 1e-9; i++) found.push(Number(((first + i) * step).toPrecision(12)));
   return found;
 }
 function domain(values, { pad = 0.06, floor } = {}) {
   let low = Infinity, high = -Infinity;
   for (const value of values) if (Number.isFinite(value)) { low = Math.min(low, value); high = Math.max(high, value); }
   if (low > high) return [0, 1];
-  if (low === high) { low -= Math.abs(low) * 0.05 || 0.5; high += Math.abs(high) * 0.05 || 0.5; }
+  if (isClose(low, high)) { low -= Math.abs(low) * 0.05 || 0.5; high += Math.abs(high) * 0.05 || 0.5; }
   const room = (high - low) * pad;
   return [floor !== undefined ? Math.max(floor, low - room) : low - room, high + room];
 }

@@ -17,9 +17,16 @@ function filled(node, attributes, children) {
 const UNITS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 function short(value, digits = 3) {
   const [size, unit] = UNITS.find(([size]) => Math.abs(value) >= size) || [1, ""];
-  return String(Number((value / size).toPrecision(digits))) + unit;
+  const number = Number((value / size).toPrecision(digits));
+  return (Math.abs(number) >= 1e5 ? number.toExponential() : String(number)) + unit;
 }
-const figures = value => String(Number(value.toPrecision(4)));
+const isClose = (a, b) => Math.abs(a - b) <= 1e-9 * Math.max(Math.abs(a), Math.abs(b));  // but for rounding the same
+// Four digits behind the point, or four significant ones where these would all be zeros or would not fit.
+function scoreText(value) {
+  const size = Math.abs(value);
+  return size > 0 && (size < 1e-3 || size >= 1e5) ? Number(value.toPrecision(4)).toExponential() : size === 0 ? "0.0000" : value.toFixed(4);
+}
+const figures = value => Math.abs(value) >= 1e5 ? short(value, 4) : String(Number(value.toPrecision(4)));
 const percent = (value, digits = 1) => (100 * value).toFixed(digits) + " %";
 const LABELS = {
   score: "score (search split)", test: "score (test split)", macs: "MACs", params: "parameters",
@@ -35,12 +42,12 @@ function shown(key, value) {
   if (key.endsWith("_ms")) return short(value) + " ms";
   if (key.endsWith("_bytes")) return short(value) + "B";
   if (key.includes("ratio")) return percent(value);
-  if (SCORES.includes(key)) return value.toFixed(4);
+  if (SCORES.includes(key)) return scoreText(value);
   return short(value);
 }
 function against(key, value, dense) {
   if (value === undefined || !dense || key === "guide" || key.includes("ratio") || key.includes("predicted")) return "";
-  if (SCORES.includes(key)) return (value - dense < 0 ? "−" : "+") + Math.abs(value - dense).toFixed(4);
+  if (SCORES.includes(key)) return (value - dense < 0 ? "−" : "+") + scoreText(isClose(value, dense) ? 0 : Math.abs(value - dense));
   return percent(value / dense);
 }
 const tip = {

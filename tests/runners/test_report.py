@@ -11,6 +11,7 @@ from prunefront.runners.cli import main
 from prunefront.runners.report import write_report
 from prunefront.runners.report.content import described_run, history
 from prunefront.runners.report.page import page
+from prunefront.search.formats import score_text
 from prunefront.search.front import hypervolume, hypervolumes
 from prunefront.search.study import finished, read_study
 from tests.services import missing
@@ -176,6 +177,33 @@ def test_names_are_text_and_never_markup(browser, digits_run, tmp_path):
     path.write_text(page([described]))
     driver = opened(browser, path)
     assert texts(driver, "h1") == ["</script><b>{{data}}"] and texts(driver, "img, b b") == []
+
+
+def test_values_that_differ_by_rounding_alone_are_drawn(browser, digits_run, tmp_path):
+    run = described_run(digits_run)
+    entry = {**run["front"][0], "score": 0.3, "test": 0.3}
+    run["front"] = [entry, {**entry, "name": "trial9998", "score": float(np.nextafter(0.3, 1))}]
+    run["dense"] |= {"score": 0.3, "test": 0.3}
+    run["trials"]["value"] = run["history"]["best"] = [0.3] * len(run["trials"]["value"])
+    path = tmp_path / "page.html"
+    path.write_text(page([run]))
+    driver = opened(browser, path)
+    assert "0.3000" in texts(driver, "table")[0]
+    assert len(driver.execute_script("return ticks(1e16, 1e16 + 4, 1000)")) <= 51
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.0, "0.0000"), (-0.0, "0.0000"), (-3.21e-5, "-3.210e-05"), (0.87123, "0.8712"), (-123456.7, "-1.235e+05")],
+)
+def test_small_and_large_scores_keep_four_digits(browser, front_run, value, expected):
+    def plain(text):  # Python and JavaScript write exponents in their own ways
+        return text if "e" not in text else f"{float(text):.3e}"
+
+    opened(browser, front_run / "report.html")
+    assert plain(score_text(value, None)) == expected
+    assert plain(browser.execute_script("return scoreText(arguments[0])", value)) == expected
+    assert score_text(0.9, 0.9 + 2e-16) == "0.9000 (+0.0000)" and score_text(0.5, 0.9) == "0.5000 (-0.4000)"
 
 
 def test_two_thousand_trials_are_a_small_page_that_is_soon_there(browser, digits_run, tmp_path):
