@@ -7,13 +7,17 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -31,6 +35,9 @@ from .experiments import EXPERIMENTS
 from .mistakes import check_complete, explained
 from .overrides import POSITIONAL, forget_options, hide_storage, is_unused, prepare_overrides
 from .runs import MULTIRUN
+
+#: What a shell says of a process that SIGTERM has ended.
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    if argv is None:
+        _end_cleanly_when_terminated()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -162,7 +171,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             "interrupted; what is finished is kept: search on with resume=<run>, fine-tune with the same command",
             style="yellow",
         )
-        return 130
+        return TERMINATED if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN else 130
+    except SystemExit as ended:
+        if ended.code == TERMINATED:
+            errors.print("terminated; what is finished is kept, as after Ctrl-C", style="yellow")
+        raise
+
+
+def _end_cleanly_when_terminated() -> None:
+    """kill, timeout and Slurm send SIGTERM: processes beside this one are ended too, and temporary folders removed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, partial(_terminated, os.getpid()))
+
+
+def _terminated(own_process: int, number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN if os.getpid() == own_process else signal.SIG_DFL)
+    if os.getpid() != own_process:  # a fork, which has nothing to clean up
+        os.kill(os.getpid(), number)
+        return
+    by_ctrl_c = signal.getsignal(signal.SIGINT)
+    if callable(by_ctrl_c) and by_ctrl_c is not signal.default_int_handler:
+        by_ctrl_c(signal.SIGINT, frame)  # a fine-tuning ends its step and saves its state
+    else:
+        sys.exit(TERMINATED)
 
 
 def experiment_config(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,6 +1,10 @@
 """Processes that the command line starts, and those that join."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +17,7 @@ from prunefront.runners.dense import kept_model
 from prunefront.runners.tasks.digits import digits
 from prunefront.search.liveness import WORKER
 from prunefront.search.study import finished, read_study
+from tests.processes import environment
 
 TASK = ["task=digits", "task.epochs=2", "budget.macs=40%", "tracker=none", "finalists=1"]
 
@@ -40,6 +45,28 @@ def test_a_worker_without_a_search_says_so(tmp_path, monkeypatch, capsys):
     assert main(["worker", *TASK]) == 1 and "takes the folder of a search first" in capsys.readouterr().err
     assert main(["worker", "runs/none", *TASK]) == 1 and "copy that folder" in capsys.readouterr().err
     assert main(["search", *TASK, "workers=0", "run_dir=runs/b"]) == 1 and "at least 1" in capsys.readouterr().err
+
+
+def processes_of(folder: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [text] if str(folder) in (text := path.read_text().replace("\0", " ")) else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not list processes")
+def test_sigterm_ends_the_processes_beside_a_search(tmp_path):
+    options = [*TASK, "n_trials=100000", "patience=null", "workers=2", f"run_dir={tmp_path}/a"]
+    command, log = [sys.executable, "-m", "prunefront", "search", *options], tmp_path / "a" / "workers" / "1.log"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()) as process:
+        while not log.exists():
+            with pytest.raises(subprocess.TimeoutExpired):  # it must still be running
+                process.wait(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 143 and b"terminated; what is finished is kept" in told
+    assert processes_of(tmp_path) == []
 
 
 class Ended:
