@@ -69,6 +69,8 @@ def parse_budget(
     Raises:
         BudgetError: no budget, an unknown key or unit, or a limit that is not positive.
     """
+    if budget is not None and not isinstance(budget, Mapping):
+        raise BudgetError(f'the budget must be a dictionary such as {{"macs": "50%"}}, not {budget!r}')
     if not budget and not may_be_empty:
         raise BudgetError(f"the budget is empty; give at least one of {', '.join(KEYS)}, such as macs=50%")
     totals = (dense.macs, dense.params, dense.memory_bytes, dense.size_bytes)

@@ -34,9 +34,9 @@ def project(space: Space, budget: Mapping[str, str | float], ratios: Mapping[str
     shares = np.array([float(ratios.get(name, 1.0)) for name in names])
     if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise PlanError("ratios must be positive finite numbers")
+    limits = parse_budget(budget, space.dense_cost)
     if LATENCY in budget:
         raise BudgetError("latency is measured, and not computed: search(budget={'latency': ...}, timing=...) holds it")
-    limits = parse_budget(budget, space.dense_cost)
     check_reachable(space, budget)
     return space.plan(named_widths(space, Projector(space, limits).fill(shares)))
 

@@ -56,7 +56,8 @@ class Options:
                 patterns += [key] if key and key != "default" and key not in KINDS else []
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(f"no group is called {pattern!r}; this model has {', '.join(names)}")
+                known = f"{', '.join(names)}; kinds are {', '.join(KINDS)}"
+                raise ConfigError(f"no group is called {pattern!r}; this model has {known}")
 
     def excludes(self, group: Group) -> str | None:
         """Why ``group`` is not to be searched, or None."""

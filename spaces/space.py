@@ -82,6 +82,10 @@ class Space:
         bounds = [[options.bounds(group) for group in groups] for groups in tied]
         self._low = np.array([max(low for low, _ in pairs) for pairs in bounds], dtype=np.int64)
         self._high = np.array([min(high for _, high in pairs) for pairs in bounds], dtype=np.int64)
+        if (self._low >= self.sizes).all():
+            raise EmptySpaceError(
+                "no width in this space can become smaller: lower round_to or min_ratio, or raise max_ratio"
+            )
         self._cost = cost
         self._slicer = Slicer(prepared, structure)
         self._block_groups = [index for index, group in enumerate(structure.groups) if group.blocks]
@@ -294,6 +298,8 @@ class Space:
 
     def _prefix(self, plan: Plan) -> tuple[Ranking | None, list[int]]:
         """The order that ``plan`` is a prefix of, and its widths by group; None for plans from elsewhere."""
+        if not isinstance(plan, Plan):
+            raise PlanError(f"a plan is wanted, not a {type(plan).__name__}: space.plan({{name: width}}) makes one")
         for ranking in self._rankings.values():
             if (widths := plan.prefix_of(ranking)) is not None:
                 return ranking, widths

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import prunefront
-from prunefront.spaces.errors import ConfigError, PlanError
+from prunefront.spaces.errors import BudgetError, ConfigError, EmptySpaceError, PlanError
 from tests.models import build
 
 
@@ -110,3 +110,20 @@ def test_meta_models_have_no_numbers_to_compare():
     with pytest.raises(ConfigError, match="meta device"):
         prunefront.discover(model, inputs, proof="full")
     assert prunefront.discover(model, inputs).dense_cost.params == 58
+
+
+def test_options_that_leave_nothing_to_prune_are_an_error():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    with pytest.raises(EmptySpaceError, match="no width in this space can become smaller: lower round_to"):
+        prunefront.discover(model, torch.randn(1, 4), round_to=64)
+
+
+def test_what_is_no_plan_says_how_to_make_one():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    space = prunefront.discover(model, torch.randn(1, 4))
+    for use in (space.apply, space.mask, space.cost):
+        with pytest.raises(PlanError, match=r"space\.plan\("):
+            use({"0": 4})
+    for budget in ("50%", 0.5):
+        with pytest.raises(BudgetError, match="must be a dictionary"):
+            prunefront.project(space, budget)
