@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,14 @@ def trained(
     rounds before.
 
     Raises:
-        ConfigError: the task has no training split, or the device cannot be used.
+        ConfigError: no training split, a device that cannot be used, a name of the recipe that is no folder's.
     """
     options = plain(config.finetune)
-    name = options.pop("name")
+    name = str(options.pop("name"))
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise ConfigError(
+            f"finetune.name={name!r} names a folder: letters, digits, and . _ - after the first, up to 64"
+        )
     recipe = Recipe.of(options)
     if task.training is None:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,11 +63,12 @@ class NoTracker:
 
 
 class Guarded:
-    """A tracker that is told nothing before its start, and is switched off, with a warning, by its first failure."""
+    """A tracker that is told nothing before its start, and is ended, with a warning, by its first failure."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.given = tracker
         self.tracker: Tracker = NoTracker()
+        self.end: Callable[[None], None] = tracker.finish
 
     def start(self, config: dict[str, Any], run_dir: Path, dense: Mapping[str, float], objective: str) -> None:
         self.tracker = self.given
@@ -79,7 +81,7 @@ class Guarded:
         self._attempt(lambda: self.tracker.finish(result))
 
     def start_finetuning(self, config: dict[str, Any], run_dir: Path, name: str) -> None:
-        self.tracker = self.given
+        self.tracker, self.end = self.given, self.given.finish_finetuning
         self._attempt(lambda: self.tracker.start_finetuning(config, run_dir, name))
 
     def step(self, progress: Progress) -> None:
@@ -94,3 +96,5 @@ class Guarded:
         except Exception as error:  # a network, a full disk, a service's bug: none of it is worth the search
             logger.warning("tracking ends here, the run goes on: %s: %s", type(error).__name__, error)
             self.tracker = NoTracker()
+            with contextlib.suppress(Exception):  # nobody waits for a run that is told nothing more
+                self.end(None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ...search import Result
-from ...search.files import DENSE, METRICS, PLAN, SPACE, TUNED, WEIGHTS, folder_of, read_json
+from ...search.files import DENSE, METRICS, PLAN, SPACE, TUNED, WEIGHTS, folder_of, read_json, write_json
 from ...search.front import GrowingFront
 from ...search.problem import COLUMNS as COSTS
 from ...search.study import name_of
@@ -31,6 +32,8 @@ SHARE_OF_TIME = 0.01
 LEAST_PAUSE_S = 30.0
 #: Seconds that the first pictures take, Plotly's import included.
 FIRST_DRAWING_S = 1.5
+#: Beside W&B's files: which trials are in the table of an online run.
+SENT = "prunefront-sent.json"
 #: Columns of the table of trials before those of costs and groups.
 FIRST_COLUMNS = ("trial", "state", "value")
 
@@ -112,14 +115,16 @@ class WandbTracker:
             name, _, recipe = self.made.partition(TUNED)
             made = folder_of(self.run_dir, self.made)
             if (made / METRICS).exists():  # not where Python's API was asked to save it elsewhere
-                self._uses(f"{name}-{self.search_id}", folder_of(self.run_dir, name))
-                self._makes(f"{name}-{recipe}-{self.search_id}", made, f"{name}-{self.search_id}")
+                used = _artifact_name(name, self.search_id)
+                self._uses(used, folder_of(self.run_dir, name))
+                self._makes(_artifact_name(f"{name}-{recipe}", self.search_id), made, used)
         self.run.finish(exit_code=0 if metrics is not None else 1)
 
     def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if self.history is None:
             before = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.number != trial.number]
-            self.history = _History(study, self.dense, self.objective, self.run_dir, before)
+            sent = _sent(self.run_dir) if self.run.resumed else set()
+            self.history = _History(study, self.dense, self.objective, self.run_dir, before, sent)
         # With several workers trials do not end in the order of their numbers, and W&B wants steps to rise.
         self.run.log(self.history.add(trial), step=self.history.ended - 1)
         if self.history.is_time():
@@ -143,16 +148,18 @@ class WandbTracker:
             figure = coordinates_figure(history.rows, history.sizes, history.guide)
             pictures["front/widths"] = wandb.Plotly(figure)
         self.run.log({**pictures, "trials": history.table()}, step=history.ended - 1)
+        write_json(self.run_dir / "wandb" / SENT, {"trials": sorted(history.sent)})
         history.took(time.monotonic() - started)
 
     def finish(self, result: Result | None) -> None:
         import wandb
 
-        if self.history is not None and self.history.waiting:
-            self._draw(self.history)
         if result is None:
+            with contextlib.suppress(Exception):  # the run ends whatever else fails
+                self._draw_waiting()
             self.run.finish(exit_code=1)
             return
+        self._draw_waiting()
         rows = [{"name": entry.name, **entry.metrics} for entry in result.front]
         columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
         table = wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
@@ -174,6 +181,10 @@ class WandbTracker:
         self.run.summary["picked/name"] = result.best.name
         self.run.summary["front/size"] = len(rows)
         self.run.finish()
+
+    def _draw_waiting(self) -> None:
+        if self.history is not None and self.history.waiting:
+            self._draw(self.history)
 
     def _makes(self, name: str, folder: Path, made_from: str, aliases: Sequence[str] = ()) -> None:
         """The model in ``folder`` is an output of the run."""
@@ -223,6 +234,7 @@ class _History:
         objective: str,
         run_dir: Path,
         before: Sequence[FrozenTrial],
+        sent: Set[int],
     ) -> None:
         self.guide = (study.metric_names or ["score"])[0]
         self.dense, self.objective = dense, objective
@@ -234,8 +246,8 @@ class _History:
         self.ended = 0
         self.data: Any = None
         self.drawing, self.drawn_at = FIRST_DRAWING_S, time.monotonic()
-        #: Rows that are not in W&B's table yet.
-        self.waiting: list[list[Any]] = []
+        #: Numbers of the trials that are in W&B's table, and rows that are not yet.
+        self.sent, self.waiting = set(sent), list[list[Any]]()
         for trial in before:
             self.add(trial)
 
@@ -247,7 +259,8 @@ class _History:
         value = trial.values[0] if is_complete else None
         state = "complete" if is_complete else trial.user_attrs.get("error", trial.state.name.lower())
         numbers = [costs.get(key) for key in self.costs]
-        self.waiting.append([trial.number, str(state), value, *numbers, *(widths.get(name) for name in self.sizes)])
+        if trial.number not in self.sent:
+            self.waiting.append([trial.number, str(state), value, *numbers, *(widths.get(name) for name in self.sizes)])
         values: dict[str, Any] = {"trial": trial.number, "feasible": is_complete}
         values |= {f"cost/{key}": cost for key, cost in costs.items()}
         if is_complete:
@@ -274,6 +287,7 @@ class _History:
             self.data = wandb.Table(columns=cast(Any, columns), log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in self.waiting:
             self.data.add_data(*row)
+            self.sent.add(row[0])
         self.waiting = []
         return self.data
 
@@ -283,6 +297,17 @@ class _History:
 
     def took(self, seconds: float) -> None:
         self.drawing, self.drawn_at = seconds, time.monotonic()
+
+
+def _sent(run_dir: Path) -> set[int]:
+    """Numbers of the trials that earlier processes have put into the table of the W&B run, which goes on growing."""
+    path = run_dir / "wandb" / SENT
+    return set(read_json(path)["trials"]) if path.exists() else set()
+
+
+def _artifact_name(*parts: str) -> str:
+    """Of the letters that W&B takes; its end, which tells runs apart, is kept."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", "-".join(parts))[-128:]
 
 
 def _model_artifact(name: str, folder: Path, made_from: str | None) -> Any:

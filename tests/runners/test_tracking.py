@@ -18,6 +18,7 @@ import prunefront
 from prunefront.runners.cli import main
 from prunefront.runners.tasks.base import cross_entropy
 from prunefront.runners.tracking import Guarded, NoTracker, WandbTracker
+from prunefront.runners.tracking.weights_and_biases import _artifact_name
 from prunefront.search.study import finished, read_study
 from tests.processes import environment
 from tests.wandb_server import wandb_server
@@ -160,6 +161,8 @@ def test_online_a_search_goes_on_as_the_same_run_and_models_have_their_lineage(t
     picked = json.loads((run_dir / "result.json").read_text())["picked"]
     rows = [server.runs[search]["history"][place] for place in sorted(server.runs[search]["history"])]
     assert [row["trial"] for row in rows if "trial" in row] == list(range(8))
+    tables = [data for path, data in server.files.items() if "-incr-trials" in path and path.startswith("artifacts")]
+    assert sorted(row[0] for data in tables for row in json.loads(data)["data"]) == list(range(8))
     runs = server.runs.values()
     assert len({run["groupName"] for run in runs}) == 1 and [run["jobType"] for run in runs] == ["search", "finetune"]
     dense, pick, tuned = (f"{name}-{search}" for name in ("dense", picked, f"{picked}-sgd"))
@@ -192,6 +195,28 @@ class Broken:
     def _fail(self, now: str) -> None:
         if self.at == now:
             raise ConnectionError("no network")
+
+
+def test_a_tracker_that_failed_is_ended(caplog):
+    class Fails(NoTracker):
+        ended = 0
+
+        def trial(self, study, trial):
+            raise ValueError("an artifact's name")
+
+        def finish(self, result):
+            self.ended += 1
+
+    tracker = Guarded(given := Fails())
+    tracker.start({}, Path(), {}, "macs")
+    tracker.trial(None, None)
+    tracker.finish(None)
+    assert given.ended == 1 and "tracking ends here" in caplog.text
+
+
+def test_names_of_artifacts_are_what_wandb_takes():
+    assert _artifact_name("trial0001-ä b=c", "0f") == "trial0001---b-c-0f"
+    assert _artifact_name("x" * 200, "0f").endswith("x-0f") and len(_artifact_name("x" * 200, "0f")) == 128
 
 
 @pytest.fixture
