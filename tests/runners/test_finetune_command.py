@@ -92,7 +92,8 @@ def test_layers_of_the_dense_model_teach_those_of_one_shape_or_it_is_told(run, c
     assert status == 0 or "finetune.distill.hidden=0" in capsys.readouterr().err
 
 
-def test_a_killed_command_goes_on(run):
+def ended_by(number, run):
+    """The checkpoint of a training, and the status of its process."""
     command = [sys.executable, "-m", "prunefront", "finetune", str(run), "finetune.epochs=30", "tracker=none"]
     command += ["finetune.checkpoint_min=0"]
     checkpoint = run / "front" / result(run)["picked"] / "finetuned" / "sgd.checkpoint.safetensors"
@@ -101,7 +102,18 @@ def test_a_killed_command_goes_on(run):
         while not checkpoint.exists() or load_checkpoint(checkpoint)[1]["step"] < 10:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+    return checkpoint, process.returncode
+
+
+def test_sigterm_ends_a_training_as_ctrl_c_does(run, capfd):
+    checkpoint, status = ended_by(signal.SIGTERM, run)
+    assert status == 143 and load_checkpoint(checkpoint)[1]["step"] >= 10
+    assert "interrupted; what is finished is kept" in capfd.readouterr().err
+
+
+def test_a_killed_command_goes_on(run):
+    checkpoint, _ = ended_by(signal.SIGKILL, run)
     done = load_checkpoint(checkpoint)[1]
     assert main(["finetune", str(run), "finetune.epochs=30", "tracker=none"]) == 0
     found = metrics(checkpoint.parent / "sgd")
@@ -128,6 +140,8 @@ def test_models_that_were_fine_tuned_outlive_a_longer_search(run, tiny):
         (["pick=all", "pick.macs=50%"], "names or a budget"),
         (["finetune=lion"], "lion"),
         (["finetune.lr=0"], "finetune.lr must be above 0"),
+        (["finetune.name=../../evil"], "finetune.name='../../evil' names a folder"),
+        (["finetune.name='a=b c'"], "finetune.name='a=b c' names a folder"),
         (["finetune.lr=1e30"], "is not finite|loss is (nan|inf)|no longer finite"),
         (["finetune.distill.weight=2"], "distill.weight must be from 0 to 1"),
         (["device=warp"], "device warp is not known"),
