@@ -13,6 +13,7 @@ the model wrong.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 #: Copying a sum more often than this (a sum inside a long product) is given up: everything is frozen.
@@ -105,6 +106,19 @@ def freeze(dimension: Dimension, reason: str) -> None:
         for factor in term:
             if factor.frozen is None or factor.frozen == STRUCTURAL:
                 factor.frozen = reason
+
+
+def are_always_as_long(left: Dimension, right: Dimension) -> bool:
+    """Whether both have as many elements whatever is removed, though perhaps in another order."""
+    return _lengths(left) == _lengths(right)
+
+
+def _lengths(dimension: Dimension) -> Counter[tuple[int, ...]]:
+    """The terms of the sum, as the units that they multiply and a constant."""
+    return Counter(
+        (math.prod(f.size for f in term if f.frozen), *sorted(id(f) for f in term if not f.frozen))
+        for term in resolve(dimension)
+    )
 
 
 def unify(left: Dimension, right: Dimension, why: str) -> None:

@@ -17,7 +17,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import TraceError
 from .inputs import Inputs, output_tensors
-from .labels import Dimension, fixed, freeze, fresh, is_frozen, multiply, resolve, size, unify
+from .labels import (
+    Dimension,
+    are_always_as_long,
+    fixed,
+    freeze,
+    fresh,
+    is_frozen,
+    multiply,
+    resolve,
+    size,
+    unify,
+)
 from .modes import EagerMode
 from .residual import ModuleCalls, Stack
 from .sizes import (
@@ -442,16 +453,20 @@ class FunctionRecorder(TorchFunctionMode):
                 self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
             self._follow(length, self.recorder.label(tensor)[dim], name)
         for dimension, places in quotients_in_call(name, args, kwargs, result, notes):
-            factors = [self.recorder.label(tensor)[dim] for tensor, dim in places]
-            unify(dimension, multiply(factors), f"{name} by sizes")
+            self._tie(dimension, multiply([self.recorder.label(tensor)[dim] for tensor, dim in places]), name)
         return result
+
+    def _tie(self, one: Dimension, other: Dimension, name: str) -> None:
+        """Both are as long, and more is not known of them: a shuffle of channels leaves their order free."""
+        if not are_always_as_long(one, other):
+            unify(one, other, f"{name} by sizes")
 
     def _follow(self, length: TracedInt, dimension: Dimension, name: str) -> None:
         """``dimension`` is as long as ``length`` says."""
         if length.site is not None:
             self.recorder.trace.given_sizes.append(IntegerSite(*length.site, dimension))
         elif length.dimension is not None:
-            unify(length.dimension, dimension, f"{name} by sizes")
+            self._tie(length.dimension, dimension, name)
 
     def _as_one(self, func: Any, bind: Any, rule: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.recorder.muted = True

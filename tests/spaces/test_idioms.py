@@ -626,3 +626,20 @@ def test_sizes_that_a_model_keeps_are_plain_afterwards():
     prunefront.discover(model, X)
     found = [model.width, *model.halves, *getattr(model, "shape", ())]
     assert all(type(value) is int for value in found)
+
+
+def test_shuffled_channels_are_free_in_their_order():
+    class Shuffling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+
+        def forward(self, x):
+            x = self.one(x)
+            batch, channels, height, width = x.shape
+            x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2)
+            return self.two(x.reshape(batch, channels, height, width))
+
+    torch.manual_seed(0)
+    groups = check(Shuffling().eval(), torch.randn(2, 3, 4, 4))
+    assert set(groups.values()) == {6} or set(groups.values()) == {12}

@@ -1,6 +1,16 @@
 """The label algebra: alignment, splitting, freezing."""
 
-from prunefront.spaces.labels import concatenate, fixed, fresh, is_frozen, multiply, resolve, size, unify
+from prunefront.spaces.labels import (
+    are_always_as_long,
+    concatenate,
+    fixed,
+    fresh,
+    is_frozen,
+    multiply,
+    resolve,
+    size,
+    unify,
+)
 
 
 def test_merging_makes_two_dimensions_one():
@@ -42,3 +52,13 @@ def test_what_cannot_be_aligned_is_frozen_with_the_reason():
     unify(left, right, "aten.add")
     assert is_frozen(left) and is_frozen(right)
     assert "aten.add" in str(resolve(left)[0][0].frozen)
+
+
+def test_lengths_are_equal_whatever_the_order_of_factors():
+    heads, width, other = fresh(4), fresh(8), fresh(32)
+    assert are_always_as_long(multiply([heads, width]), multiply([width, heads]))
+    assert are_always_as_long(concatenate([heads, width]), concatenate([width, heads]))
+    assert not are_always_as_long(multiply([heads, width]), other)
+    unify(multiply([heads, width]), other, "test")
+    assert are_always_as_long(multiply([width, heads]), other)
+    assert not are_always_as_long(multiply([fixed(2), heads]), multiply([fixed(4), heads]))
