@@ -288,7 +288,7 @@ def _sites(
     come, and shapes its output as its attributes say.
     """
     choices: dict[tuple[str, str], list[Layout]] = {}
-    given = [*trace.given_sizes, *(IntegerSite(*site, dimension) for site, dimension in trace.sizes.equal)]
+    given = [*(IntegerSite(*site, dimension) for site, dimension in trace.sizes.equal), *trace.given_sizes]
     seen = {(site.module, site.attribute) for site in given}
     read = seen | trace.sizes.calculated
     kinds = [group.kind for group in groups]

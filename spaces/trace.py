@@ -34,6 +34,7 @@ from .residual import ModuleCalls, Stack
 from .sizes import (
     CREATING,
     CREATING_LIKE,
+    Site,
     SizeNotes,
     TracedInt,
     note_bounds,
@@ -284,6 +285,7 @@ class Recorder(EagerMode):
         for tensor in output_tensors(output):
             for dimension in self.label(tensor):
                 freeze(dimension, "output of the model")
+        self._tie_sizes()
         self._freeze_chosen()
         for name, label in self.trace.parameters.items():
             for dimension in label if name not in self._used else ():
@@ -292,6 +294,13 @@ class Recorder(EagerMode):
         for dimension, why in self._pending_softmax:
             if not all(id(f) in routed for term in resolve(dimension) for f in term):
                 freeze(dimension, why)
+
+    def _tie_sizes(self) -> None:
+        """An attribute has one value: all dimensions that it gives the size of, or is compared with, are as long."""
+        known: dict[Site, Dimension] = {}
+        given = [((site.module, site.attribute), site.dimension) for site in self.trace.given_sizes]
+        for site, dimension in [*given, *self.trace.sizes.equal]:
+            tie(known.setdefault(site, dimension), dimension, f"{site[1]} of {site[0] or 'the model'}")
 
     def _freeze_chosen(self) -> None:
         """What layers go on to read is no choice among experts, although the largest of it were taken."""
@@ -453,20 +462,15 @@ class FunctionRecorder(TorchFunctionMode):
                 self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
             self._follow(length, self.recorder.label(tensor)[dim], name)
         for dimension, places in quotients_in_call(name, args, kwargs, result, notes):
-            self._tie(dimension, multiply([self.recorder.label(tensor)[dim] for tensor, dim in places]), name)
+            tie(dimension, multiply([self.recorder.label(tensor)[dim] for tensor, dim in places]), f"{name} by sizes")
         return result
-
-    def _tie(self, one: Dimension, other: Dimension, name: str) -> None:
-        """Both are as long, and more is not known of them: a shuffle of channels leaves their order free."""
-        if not are_always_as_long(one, other):
-            unify(one, other, f"{name} by sizes")
 
     def _follow(self, length: TracedInt, dimension: Dimension, name: str) -> None:
         """``dimension`` is as long as ``length`` says."""
         if length.site is not None:
             self.recorder.trace.given_sizes.append(IntegerSite(*length.site, dimension))
         elif length.dimension is not None:
-            self._tie(length.dimension, dimension, name)
+            tie(length.dimension, dimension, f"{name} by sizes")
 
     def _as_one(self, func: Any, bind: Any, rule: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.recorder.muted = True
@@ -477,6 +481,12 @@ class FunctionRecorder(TorchFunctionMode):
         call = Call(func.__name__, bind(args, kwargs), _tensors(result), self.recorder)
         self.recorder.label_outputs(call, rule)
         return result
+
+
+def tie(one: Dimension, other: Dimension, why: str) -> None:
+    """Both are as long, and more is not known of them: a shuffle of channels leaves their order free."""
+    if not are_always_as_long(one, other):
+        unify(one, other, why)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from ...spaces.copying import copy_model
 from ...spaces.devices import device_of, moved
 from ...spaces.errors import FinetuneError
 from ...spaces.surgery import tensors_of
+from ...spaces.trace import evaluating
 from . import randomness
 from .checkpoints import load_checkpoint, save_checkpoint
 from .distillation import Objective
@@ -358,11 +359,9 @@ def scored(model: nn.Module, score: Score, name: str, autocast: torch.dtype | No
 
 def trained_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """BatchNorm layers whose statistics move in training: models may keep some as they are."""
-    was_training = model.training
-    model.train()
-    found = [layer for layer in batch_norms(model) if layer.training]
-    model.train(was_training)
-    return found
+    with evaluating(model):  # which puts every module back into its own mode
+        model.train()
+        return [layer for layer in batch_norms(model) if layer.training]
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:

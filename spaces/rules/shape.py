@@ -299,11 +299,6 @@ def created(call: Call) -> list[Label]:
     return [[fixed(n, f"made by {call.why}") for n in tensor.shape] for tensor in call.outputs]
 
 
-def filled(call: Call) -> list[Label]:
-    """All elements are alike: whether the forward makes fewer of them where others are gone, the proof tells."""
-    return [[fixed(length) if length < 2 else fresh(length) for length in tensor.shape] for tensor in call.outputs]
-
-
 RULES = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
     "permute": permute,
@@ -326,6 +321,6 @@ RULES = {
     "embedding": embedding,
     **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), embedding_bag),
     "unfold": unfold,
-    **dict.fromkeys(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"), filled),
+    **dict.fromkeys(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"), created),
     **dict.fromkeys(("arange", "randn", "rand", "scalar_tensor", "linspace", "empty_strided"), created),
 }

@@ -660,6 +660,15 @@ def test_frozen_statistics_stay():
     assert torch.equal(found.model.norm.running_mean, torch.full((4,), 7.0))
 
 
+def test_the_modes_of_the_user_s_model_stay():
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)).train()
+    model[1].eval()
+    batches = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    prunefront.finetune(model, training=batches, loss=loss, recipe=Recipe(epochs=1))
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+
+
 def test_a_last_batch_of_one_is_explained():
     model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     batches = [(torch.randn(n, 2), torch.zeros(n, dtype=torch.long)) for n in (4, 1)]
