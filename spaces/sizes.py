@@ -52,6 +52,8 @@ class SizeNotes:
     bounds: set[Site] = field(default_factory=set)
     #: Those that were found equal to the size of a dimension: layers check their inputs so.
     equal: list[tuple[Site, Dimension]] = field(default_factory=list)
+    #: Those, and the dimensions, of which a number with a fraction was made, such as an attention's scale.
+    scaled_by: list[Site | Dimension] = field(default_factory=list)
 
 
 class TracedInt(int):
@@ -94,6 +96,25 @@ class TracedInt(int):
         return equal if equal is NotImplemented else not equal  # type: ignore[comparison-overlap]
 
     __hash__ = int.__hash__
+
+    def __float__(self) -> float:
+        self._note_scale()
+        return int.__float__(self)
+
+    def __pow__(self, exponent: Any, modulo: Any = None) -> Any:
+        self._note_scale()
+        return int.__pow__(self, exponent, modulo)
+
+    def __truediv__(self, other: Any) -> Any:
+        self._note_scale()
+        return int.__truediv__(self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        self._note_scale()
+        return int.__rtruediv__(self, other)
+
+    def _note_scale(self) -> None:
+        self.notes.scaled_by += filter(None, (self.site, self.dimension))
 
     def __reduce__(self) -> Any:
         return int, (int(self),)

@@ -154,6 +154,8 @@ class Trace:
     #: What else is known of attributes that give sizes.
     sizes: SizeNotes = field(default_factory=SizeNotes)
     scales: list[ScaleSite] = field(default_factory=list)
+    #: Queries times keys: the dimension that is summed over, and what :meth:`Recorder.rows_of` says of one of them.
+    scores: list[tuple[Dimension, tuple[list[tuple[str, int]], list[int]] | None]] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     calls: ModuleCalls = field(default_factory=ModuleCalls)
     unknown_operators: set[str] = field(default_factory=set)
@@ -286,6 +288,7 @@ class Recorder(EagerMode):
             for dimension in self.label(tensor):
                 freeze(dimension, "output of the model")
         self._tie_sizes()
+        self._keep_scales()
         self._freeze_chosen()
         for name, label in self.trace.parameters.items():
             for dimension in label if name not in self._used else ():
@@ -301,6 +304,22 @@ class Recorder(EagerMode):
         given = [((site.module, site.attribute), site.dimension) for site in self.trace.given_sizes]
         for site, dimension in [*given, *self.trace.sizes.equal]:
             tie(known.setdefault(site, dimension), dimension, f"{site[1]} of {site[0] or 'the model'}")
+
+    def _keep_scales(self) -> None:
+        """Scales of attentions that the forward computes from the width of a head, as fused kernels do too: the weights
+        that make the queries must take up the change, where they can be found."""
+        by_site = {(site.module, site.attribute): site.dimension for site in self.trace.given_sizes}
+        known = [by_site.get(found, ()) if isinstance(found[0], str) else found for found in self.trace.sizes.scaled_by]
+        widths = {resolve(dimension) for dimension in known if dimension and not is_frozen(dimension)}
+        for dimension, queries in self.trace.scores:
+            if resolve(dimension) in widths:
+                self.keep_scale(dimension, queries)
+
+    def keep_scale(self, head_dim: Dimension, queries: tuple[list[tuple[str, int]], list[int]] | None) -> None:
+        if queries is None:
+            freeze(head_dim, "the attention's scale is computed from it")
+        else:
+            self.trace.scales.append(ScaleSite(head_dim, *queries))
 
     def _freeze_chosen(self) -> None:
         """What layers go on to read is no choice among experts, although the largest of it were taken."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..labels import Dimension, fresh, is_frozen, multiply, size
-from ..trace import Call, Label, ScaleSite
+from ..trace import Call, Label
 
 
 def bind(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -29,8 +29,11 @@ def fused_attention(call: Call) -> list[Label]:
     call.work(1, *query[:-2], query[-2], key[-2], query[-1])
     call.work(1, *query[:-2], query[-2], value[-1], key[-2])
     hint_attention(call, query[-3] if len(query) > 2 else None, query[-1], value[-1])
+    queries = call.recorder.rows_of(call["query"]) or call.recorder.rows_of(call["key"])
     if call["scale"] is None:
-        _keep_scale(call, query[-1])
+        call.recorder.keep_scale(query[-1], queries)  # the kernel divides by the root of the width that it sees
+    else:
+        call.recorder.trace.scores.append((query[-1], queries))
     return [[*query[:-1], value[-1]]]
 
 
@@ -70,14 +73,3 @@ def _mask(call: Call, query: Label, key: Label) -> None:
     for dimension, other in zip(reversed(call.label("attn_mask")), reversed(scores), strict=False):
         if size(dimension) == size(other):
             call.unify(dimension, other)
-
-
-def _keep_scale(call: Call, head_dim: Dimension) -> None:
-    """The kernel divides by the root of the width that it sees: the weights that make the queries (or the keys) must
-    take up the change, where they can be found."""
-    for argument in ("query", "key"):
-        found = call.recorder.rows_of(call[argument])
-        if found is not None:
-            call.recorder.trace.scales.append(ScaleSite(head_dim, *found))
-            return
-    call.freeze(head_dim, "the attention's scale is computed from it")

@@ -1,5 +1,6 @@
 """Ways to write a forward that are common in the wild: candidates are right, or the group is refused."""
 
+import math
 import re
 import sys
 from argparse import Namespace
@@ -643,6 +644,42 @@ def test_shuffled_channels_are_free_in_their_order():
     torch.manual_seed(0)
     groups = check(Shuffling().eval(), torch.randn(2, 3, 4, 4))
     assert set(groups.values()) == {6} or set(groups.values()) == {12}
+
+
+SCALES = {
+    "root of a size": lambda self, q, k, v: ((q @ k.mT) * (1 / math.sqrt(k.size(-1)))).softmax(-1) @ v,
+    "power of an attribute": lambda self, q, k, v: ((q @ k.mT) * self.width**-0.5).softmax(-1) @ v,
+    "before the product": lambda self, q, k, v: ((q * self.width**-0.5) @ k.mT).softmax(-1) @ v,
+    "division": lambda self, q, k, v: ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1) @ v,
+    "given to the kernel": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=self.width**-0.5),
+    "constant": lambda self, q, k, v: ((q @ k.mT) / 3).softmax(-1) @ v,
+}
+
+
+class Scaling(nn.Module):
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.width, self.attend = 4, 8, attend
+        self.embedding, self.out = nn.Embedding(7, 16), nn.Linear(32, 5)
+        self.q, self.k, self.v = (nn.Linear(16, 32) for _ in range(3))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        parts = (layer(x).unflatten(-1, (self.heads, self.width)) for layer in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return self.out(self.attend(self, q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("attend", SCALES.values(), ids=SCALES)
+def test_scales_that_the_forward_computes_are_kept(attend):
+    groups = check(Scaling(attend).double().eval(), TOKENS, [TOKENS[:, :3]])
+    assert {"heads", "head_dim"} <= set(groups)
+
+
+def test_another_scale_is_no_scale():
+    groups = check(Scaling(lambda self, q, k, v: ((q @ k.mT) / self.width).softmax(-1) @ v).double().eval(), TOKENS)
+    assert "heads" in groups and "head_dim" not in groups
 
 
 def test_a_width_that_is_checked_and_given_is_one():
