@@ -136,6 +136,12 @@ class Copied:
         return found
 
 
+#: Parameters as (name, dimension), and rows of them.
+Rows = tuple[list[tuple[str, int]], list[int]]
+#: Operators that rotary embeddings are made of: they keep how their results grow with the queries.
+_TURNING = {"mul", "add", "sub", "neg", "cat", "stack", "clone", "_to_copy"}
+
+
 @dataclass
 class Trace:
     """Everything that one forward pass revealed. Labels are resolved when they are read."""
@@ -155,7 +161,7 @@ class Trace:
     sizes: SizeNotes = field(default_factory=SizeNotes)
     scales: list[ScaleSite] = field(default_factory=list)
     #: Queries times keys: the dimension that is summed over, and what :meth:`Recorder.rows_of` says of one of them.
-    scores: list[tuple[Dimension, tuple[list[tuple[str, int]], list[int]] | None]] = field(default_factory=list)
+    scores: list[tuple[Dimension, Rows | None]] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     calls: ModuleCalls = field(default_factory=ModuleCalls)
     unknown_operators: set[str] = field(default_factory=set)
@@ -243,6 +249,7 @@ class Recorder(EagerMode):
         self._storages = WeakTensorKeyDictionary()
         self._producers: dict[int, Producer] = {}
         self._copies: dict[int, Copied] = {}
+        self._turned: dict[int, Rows] = {}
         self._pending_softmax: list[tuple[Dimension, str]] = []
         self._used: set[str] = set()
         #: By storage, the bytes in which each parameter and buffer lies: several may share one.
@@ -315,7 +322,7 @@ class Recorder(EagerMode):
             if resolve(dimension) in widths:
                 self.keep_scale(dimension, queries)
 
-    def keep_scale(self, head_dim: Dimension, queries: tuple[list[tuple[str, int]], list[int]] | None) -> None:
+    def keep_scale(self, head_dim: Dimension, queries: Rows | None) -> None:
         if queries is None:
             freeze(head_dim, "the attention's scale is computed from it")
         else:
@@ -361,6 +368,7 @@ class Recorder(EagerMode):
         for tensor in outputs:
             if (key := storage_key(tensor)) not in held:
                 self._copies.pop(key, None)
+                self._turned.pop(key, None)
                 self._producers.pop(key, None)  # memory is used again: what was known is about a dead tensor
         self.label_outputs(call, partial(apply_rule, func))
 
@@ -376,6 +384,7 @@ class Recorder(EagerMode):
         for tensor, label in zip(call.outputs, labels, strict=True):
             self._labels[tensor] = label
             self._allocate(tensor)
+        self._note_turned(call)
         inputs = call.tensors()
         for tensor in inputs:
             self._used.update(self._lying_at(tensor))
@@ -418,20 +427,33 @@ class Recorder(EagerMode):
                 int(source.storage_offset()),
             )
 
-    def rows_of(self, tensor: torch.Tensor) -> tuple[list[tuple[str, int]], list[int]] | None:
-        """The parameters, and the rows of them, that made ``tensor (..., heads, length, head_dim)``, a view or copy."""
-        offsets = torch.tensor([tensor.storage_offset()])
-        for dim in (-3, -1) if tensor.dim() > 2 else (-1,):
-            steps = torch.arange(tensor.shape[dim]) * tensor.stride(dim)
+    def rows_of(self, tensor: torch.Tensor) -> Rows | None:
+        """The parameters, and the rows of them, that made ``tensor``: a view or copy of what they made, or that turned
+        and scaled."""
+        # A complex number lies where two others were made.
+        parts = 2 if tensor.is_complex() else 1
+        offsets = torch.arange(parts) + parts * int(tensor.storage_offset())
+        for length, stride, dimension in zip(tensor.shape, tensor.stride(), self.label(tensor), strict=True):
+            # What has a place along a fixed dimension was made by the same rows as its neighbours there.
+            steps = torch.arange(1 if is_frozen(dimension) else length) * parts * stride
             offsets = (offsets[:, None] + steps).reshape(-1)
         key = storage_key(tensor)
         while key in self._copies:
             offsets, key = self._copies[key].offsets(offsets), self._copies[key].source
         producer = self._producers.get(key)
         if producer is None:
-            return None
+            return self._turned.get(key)
         rows = (offsets // producer.stride) % producer.size
         return producer.parameters, sorted(set(rows.tolist()))
+
+    def _note_turned(self, call: Call) -> None:
+        """What a rotary embedding makes of queries grows with the rows that made these."""
+        if call.name not in _TURNING or call.outputs[0].dim() < 3:
+            return
+        found = [rows for tensor in call.tensors() if tensor.dim() > 2 and (rows := self.rows_of(tensor)) is not None]
+        key = storage_key(call.outputs[0])
+        if found and all(parameters == found[0][0] for parameters, _ in found) and key not in self._constants:
+            self._turned[key] = found[0][0], sorted({row for _, rows in found for row in rows})
 
     def _allocate(self, tensor: torch.Tensor) -> None:
         key = storage_key(tensor)

@@ -11,7 +11,7 @@ from ..trace import Call, Label
 POINTWISE_NAMES = {
     *("hardswish", "clone", "copy", "_to_copy", "detach", "alias", "lift_fresh", "fill", "zero", "native_dropout"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "_prelu_kernel"),
-    *("contiguous", "expand_as", "masked_fill", "relu6"),
+    *("contiguous", "expand_as", "masked_fill", "relu6", "polar", "complex"),
 }
 
 

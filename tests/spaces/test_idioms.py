@@ -297,7 +297,7 @@ def test_rotary_embeddings_in_complex_numbers():
             return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
 
     torch.manual_seed(0)
-    assert "heads" in check(Rope(), torch.randn(2, 6, 16))
+    assert {"heads", "head_dim"} <= set(check(Rope().double(), torch.randn(2, 6, 16, dtype=torch.float64)))
 
 
 FILTER = torch.ones(1, 1, 3, 3)
@@ -675,6 +675,37 @@ class Scaling(nn.Module):
 def test_scales_that_the_forward_computes_are_kept(attend):
     groups = check(Scaling(attend).double().eval(), TOKENS, [TOKENS[:, :3]])
     assert {"heads", "head_dim"} <= set(groups)
+
+
+def turned(x, angles):
+    first, second = x.chunk(2, -1)
+    return x * torch.cat([angles, angles], -1).cos() + torch.cat([-second, first], -1) * angles.sin().repeat(1, 2)
+
+
+def turned_as_complex(x, angles):
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(pairs).flatten(-2)
+
+
+@pytest.mark.parametrize("turn", [turned, turned_as_complex])
+@pytest.mark.parametrize("packed", [False, True])
+def test_scales_behind_a_rotary_embedding_are_kept(turn, packed):
+    class Turning(Scaling):
+        def __init__(self):
+            super().__init__(F.scaled_dot_product_attention)
+            self.qkv = nn.Linear(16, 96)
+            self.register_buffer("rates", 0.1 ** torch.arange(4.0))
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            whole = self.qkv(x).chunk(3, -1) if packed else [layer(x) for layer in (self.q, self.k, self.v)]
+            q, k, v = (part.unflatten(-1, (self.heads, self.width)).transpose(1, 2) for part in whole)
+            angles = torch.arange(tokens.shape[1])[:, None] * self.rates
+            mixed = self.attend(turn(q, angles), turn(k, angles), v)
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    groups = check(Turning().double().eval(), TOKENS, [TOKENS[:, :3]])
+    assert groups["head_dim"] == 4  # pairs
 
 
 def test_another_scale_is_no_scale():
