@@ -30,6 +30,7 @@ from .labels import (
     unify,
 )
 from .modes import EagerMode
+from .origins import Origins, Rows, storage_key
 from .residual import ModuleCalls, Stack
 from .sizes import (
     CREATING,
@@ -109,40 +110,6 @@ class Hint:
 
 
 @dataclass
-class Producer:
-    """The parameters that an operator multiplied to make dimension ``dim`` of its output."""
-
-    parameters: list[tuple[str, int]]
-    stride: int
-    size: int
-
-
-@dataclass
-class Copied:
-    """How the elements of a copy lie in the memory that it was copied from."""
-
-    source: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    source_strides: tuple[int, ...]
-    source_offset: int
-
-    def offsets(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Offsets in the source of the elements at ``offsets`` in the copy."""
-        found = torch.full_like(offsets, self.source_offset)
-        for length, stride, other in zip(self.shape, self.strides, self.source_strides, strict=True):
-            if length > 1:
-                found += offsets // stride % length * other
-        return found
-
-
-#: Parameters as (name, dimension), and rows of them.
-Rows = tuple[list[tuple[str, int]], list[int]]
-#: Operators that rotary embeddings are made of: they keep how their results grow with the queries.
-_TURNING = {"mul", "add", "sub", "neg", "cat", "stack", "clone", "_to_copy"}
-
-
-@dataclass
 class Trace:
     """Everything that one forward pass revealed. Labels are resolved when they are read."""
 
@@ -160,7 +127,7 @@ class Trace:
     #: What else is known of attributes that give sizes.
     sizes: SizeNotes = field(default_factory=SizeNotes)
     scales: list[ScaleSite] = field(default_factory=list)
-    #: Queries times keys: the dimension that is summed over, and what :meth:`Recorder.rows_of` says of one of them.
+    #: Queries times keys: the dimension that is summed over, and what :meth:`.Origins.rows_of` says of one of them.
     scores: list[tuple[Dimension, Rows | None]] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     calls: ModuleCalls = field(default_factory=ModuleCalls)
@@ -228,7 +195,9 @@ class Call:
 
     def produced(self, dim: int, weight: str, weight_dim: int, bias: str | None) -> None:
         """Dimension ``dim`` of the output is made by dimension ``weight_dim`` of the argument ``weight``."""
-        self.recorder.note_producer(self.outputs[0], dim, self[weight], weight_dim, self[bias] if bias else None)
+        self.recorder.origins.note_producer(
+            self.outputs[0], dim, self[weight], weight_dim, self[bias] if bias else None
+        )
 
 
 class Recorder(EagerMode):
@@ -247,14 +216,12 @@ class Recorder(EagerMode):
         self.head_dims: dict[str, list[Dimension]] = {}
         self._labels = WeakTensorKeyDictionary()
         self._storages = WeakTensorKeyDictionary()
-        self._producers: dict[int, Producer] = {}
-        self._copies: dict[int, Copied] = {}
-        self._turned: dict[int, Rows] = {}
         self._pending_softmax: list[tuple[Dimension, str]] = []
         self._used: set[str] = set()
         #: By storage, the bytes in which each parameter and buffer lies: several may share one.
         self._constants: dict[int, list[tuple[int, int, str]]] = {}
         self._state = dict([*model.named_parameters(), *model.named_buffers()])
+        self.origins = Origins(self._state, self.parameter_of, self.label)
         for name, tensor in self._state.items():
             start = int(tensor.storage_offset()) * tensor.element_size()
             held = self._constants.setdefault(storage_key(tensor), [])
@@ -367,9 +334,7 @@ class Recorder(EagerMode):
         held = {storage_key(tensor) for tensor in call.tensors()}
         for tensor in outputs:
             if (key := storage_key(tensor)) not in held:
-                self._copies.pop(key, None)
-                self._turned.pop(key, None)
-                self._producers.pop(key, None)  # memory is used again: what was known is about a dead tensor
+                self.origins.forget(key)  # memory is used again: what was known is about a dead tensor
         self.label_outputs(call, partial(apply_rule, func))
 
     def label_outputs(self, call: Call, rule: Callable[[Call], list[Label]]) -> None:
@@ -384,76 +349,12 @@ class Recorder(EagerMode):
         for tensor, label in zip(call.outputs, labels, strict=True):
             self._labels[tensor] = label
             self._allocate(tensor)
-        self._note_turned(call)
+        self.origins.note_turned(call.name, call.tensors(), call.outputs[0])
         inputs = call.tensors()
         for tensor in inputs:
             self._used.update(self._lying_at(tensor))
         self.trace.calls.operator(call.name, inputs, call.outputs)
         self._note_live()
-
-    def note_producer(
-        self, output: torch.Tensor, dim: int, weight: torch.Tensor, weight_dim: int, bias: torch.Tensor | None
-    ) -> None:
-        name = self.parameter_of(weight)
-        if name is None:
-            return
-        held = self._state[name]
-        strides = [d for d in range(held.dim()) if held.stride(d) == weight.stride(weight_dim)]
-        if len(strides) != 1 or held.shape[strides[0]] != weight.shape[weight_dim]:
-            return
-        parameters = [(name, strides[0])]
-        if bias is not None:
-            bias_name = self.parameter_of(bias)
-            if bias_name is None:
-                return
-            parameters.append((bias_name, 0))
-        self._producers[storage_key(output)] = Producer(parameters, output.stride(dim), output.shape[dim])
-
-    def note_bias(self, output: torch.Tensor, product: torch.Tensor, bias: torch.Tensor) -> None:
-        """``output`` is the product of some parameters plus another one along its last dimension."""
-        producer, name = self._producers.get(storage_key(product)), self.parameter_of(bias)
-        if producer is not None and name is not None and bias.dim() == 1 and producer.size == len(bias):
-            parameters = [*producer.parameters, (name, 0)]
-            self._producers[storage_key(output)] = Producer(parameters, output.stride(-1), output.shape[-1])
-
-    def note_copy(self, output: torch.Tensor, source: torch.Tensor) -> None:
-        """``output`` holds the elements of ``source`` in other places."""
-        if output.storage_offset() == 0 and storage_key(output) != storage_key(source):
-            self._copies[storage_key(output)] = Copied(
-                storage_key(source),
-                tuple(output.shape),
-                tuple(output.stride()),
-                tuple(source.stride()),
-                int(source.storage_offset()),
-            )
-
-    def rows_of(self, tensor: torch.Tensor) -> Rows | None:
-        """The parameters, and the rows of them, that made ``tensor``: a view or copy of what they made, or that turned
-        and scaled."""
-        # A complex number lies where two others were made.
-        parts = 2 if tensor.is_complex() else 1
-        offsets = torch.arange(parts) + parts * int(tensor.storage_offset())
-        for length, stride, dimension in zip(tensor.shape, tensor.stride(), self.label(tensor), strict=True):
-            # What has a place along a fixed dimension was made by the same rows as its neighbours there.
-            steps = torch.arange(1 if is_frozen(dimension) else length) * parts * stride
-            offsets = (offsets[:, None] + steps).reshape(-1)
-        key = storage_key(tensor)
-        while key in self._copies:
-            offsets, key = self._copies[key].offsets(offsets), self._copies[key].source
-        producer = self._producers.get(key)
-        if producer is None:
-            return self._turned.get(key)
-        rows = (offsets // producer.stride) % producer.size
-        return producer.parameters, sorted(set(rows.tolist()))
-
-    def _note_turned(self, call: Call) -> None:
-        """What a rotary embedding makes of queries grows with the rows that made these."""
-        if call.name not in _TURNING or call.outputs[0].dim() < 3:
-            return
-        found = [rows for tensor in call.tensors() if tensor.dim() > 2 and (rows := self.rows_of(tensor)) is not None]
-        key = storage_key(call.outputs[0])
-        if found and all(parameters == found[0][0] for parameters, _ in found) and key not in self._constants:
-            self._turned[key] = found[0][0], sorted({row for _, rows in found for row in rows})
 
     def _allocate(self, tensor: torch.Tensor) -> None:
         key = storage_key(tensor)
@@ -528,11 +429,6 @@ def tie(one: Dimension, other: Dimension, why: str) -> None:
     """Both are as long, and more is not known of them: a shuffle of channels leaves their order free."""
     if not are_always_as_long(one, other):
         unify(one, other, why)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Identifies the memory of ``tensor`` while it lives."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _elements(storage: Storage) -> int:

@@ -29,7 +29,7 @@ def fused_attention(call: Call) -> list[Label]:
     call.work(1, *query[:-2], query[-2], key[-2], query[-1])
     call.work(1, *query[:-2], query[-2], value[-1], key[-2])
     hint_attention(call, query[-3] if len(query) > 2 else None, query[-1], value[-1])
-    queries = call.recorder.rows_of(call["query"]) or call.recorder.rows_of(call["key"])
+    queries = call.recorder.origins.rows_of(call["query"]) or call.recorder.origins.rows_of(call["key"])
     if call["scale"] is None:
         call.recorder.keep_scale(query[-1], queries)  # the kernel divides by the root of the width that it sees
     else:

@@ -123,7 +123,7 @@ def _batched_product(call: Call, one: str, other: str) -> Label:
     else:
         # Two activations: queries with keys, or scores with values.
         hint_attention(call, left[0], left[2], right[2])
-        rows_of = call.recorder.rows_of
+        rows_of = call.recorder.origins.rows_of
         call.recorder.trace.scores.append((left[2], rows_of(call[one]) or rows_of(call[other].transpose(1, 2))))
     return [left[0], left[1], right[2]]
 

@@ -22,13 +22,13 @@ def pointwise(call: Call) -> list[Label]:
     if not labels:
         return [[fixed(length) for length in tensor.shape] for tensor in call.outputs]
     if call.name == "clone":
-        call.recorder.note_copy(call.outputs[0], tensors[0])
+        call.recorder.origins.note_copy(call.outputs[0], tensors[0])
     output = [_broadcast(call, labels, tensor) for tensor in call.outputs]
     if call.name in ("add", "add_") and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
         for dimension in output[0]:
             call.hint(dimension, "residual")
     elif call.name in ("add", "add_") and len(tensors) == 2:
-        call.recorder.note_bias(call.outputs[0], *tensors)
+        call.recorder.origins.note_bias(call.outputs[0], *tensors)
     return output
 
 
