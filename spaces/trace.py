@@ -349,7 +349,8 @@ class Recorder(EagerMode):
         for tensor, label in zip(call.outputs, labels, strict=True):
             self._labels[tensor] = label
             self._allocate(tensor)
-        self.origins.note_turned(call.name, call.tensors(), call.outputs[0])
+        for tensor in call.outputs[:1]:
+            self.origins.note_turned(call.name, call.tensors(), tensor)
         inputs = call.tensors()
         for tensor in inputs:
             self._used.update(self._lying_at(tensor))
