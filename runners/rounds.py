@@ -63,8 +63,8 @@ def command(config: DictConfig) -> None:
             told = f"round {number} got worse by fine-tuning, which is left out: try a lower finetune.lr or more epochs"
             errors.print(told, style="yellow", highlight=False, soft_wrap=True)
         assert start is not None
-        model = str(start.relative_to(run_dir))
-        history.append({"round": number, "budget": limits, "model": model, **_scores(found.metrics)})
+        scores = _scores(read_json(start / METRICS))
+        history.append({"round": number, "budget": limits, "model": str(start.relative_to(run_dir)), **scores})
         write_json(run_dir / "rounds.json", {"dense": vars(dense), "rounds": history})
     console.print(finetuned_table(rows, read_run(run_dir / "round1")["dense"], task.score_name))
     show_load(str(start))
