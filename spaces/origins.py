@@ -32,11 +32,16 @@ class Producer:
 class Copied:
     """How the elements of a copy lie in the memory that it was copied from."""
 
-    source: int
+    #: Kept, so that no other tensor gets its place while it is asked for.
+    memory: torch.UntypedStorage
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     source_strides: tuple[int, ...]
     source_offset: int
+
+    @property
+    def source(self) -> int:
+        return int(self.memory._cdata)
 
     def offsets(self, offsets: torch.Tensor) -> torch.Tensor:
         """Offsets in the source of the elements at ``offsets`` in the copy."""
@@ -95,7 +100,7 @@ class Origins:
         """``output`` holds the elements of ``source`` in other places."""
         if output.storage_offset() == 0 and storage_key(output) != storage_key(source):
             self._copies[storage_key(output)] = Copied(
-                storage_key(source),
+                source.untyped_storage(),
                 tuple(output.shape),
                 tuple(output.stride()),
                 tuple(source.stride()),
