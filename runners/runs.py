@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..search.files import DENSE, METRICS, PLAN, RESULT, SPACE, finetuned, front_of, read_json
+from ..search.files import DENSE, METRICS, PLAN, RESULT, SPACE, finetuned, read_json, saved_front
 from ..search.files import folder_of as folder_of
 from ..spaces import Cost
 from ..spaces.errors import StorageError
@@ -62,7 +62,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     dense = {**space.get("dense_cost", {}), **result.get("dense", {})}
     if (run_dir / DENSE / METRICS).exists():
         dense |= read_json(run_dir / DENSE / METRICS)
-    front = front_of(run_dir, result)
+    front = saved_front(run_dir, result)
     if result.get("objective") not in dense:
         raise StorageError(f"{run_dir / RESULT} is damaged: it does not say what the front is against")
     return {

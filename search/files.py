@@ -31,7 +31,7 @@ def resolve(path: Path) -> Path:
     if (path / PLAN).exists() or not (path / RESULT).exists():
         return path
     result = read_json(path / RESULT)
-    meant = model_meant(result.get("picked"), [*front_of(path, result), *finetuned(path)], has_budget(path))
+    meant = model_meant(result.get("picked"), [*saved_front(path, result), *finetuned(path)], has_budget(path))
     return folder_of(path, meant["name"])
 
 
@@ -43,7 +43,7 @@ def model_meant(picked: Any, entries: Sequence[Mapping[str, Any]], has_budget: b
     return max([*own, *(entries if has_budget else ())], key=lambda entry: entry.get("score", -math.inf))
 
 
-def front_of(run_dir: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def saved_front(run_dir: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The models in ``result``, a run's ``result.json``. Raises StorageError for names that are no folders' names, and
     where the picked model is not among them."""
     front = result.get("front")

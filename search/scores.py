@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..spaces.calibration import inputs_of
 from ..spaces.devices import device_of, moved
 from ..spaces.errors import ConfigError
-from ..spaces.inputs import argument_names, output_tensors
+from ..spaces.inputs import output_tensors
 from ..spaces.norms import QuickNorms
 from ..spaces.trace import evaluating
 
@@ -56,7 +56,7 @@ class SampleScore:
     def values(self, model: nn.Module, part: int) -> NDArray[np.float64]:
         """Of the samples of one batch, ``(samples,)``."""
         batch = moved(self.batches[part], device_of(model))
-        inputs = inputs_of(batch, self.arguments).only(argument_names(model))
+        inputs = inputs_of(batch, self.arguments).accepted_by(model)
         with evaluating(model), torch.inference_mode(), QuickNorms(), same_draws(model, part):
             values = self.of_output(inputs.call(model), batch, part)
         found = np.asarray(values.double().cpu().numpy())
@@ -165,7 +165,7 @@ def _called(model: nn.Module, batch: Any, arguments: int) -> Any:
     """The output for a batch. Raises ConfigError where the model rejects it."""
     advice = f"Of a batch that is a tuple the first {arguments} are its arguments: SampleScore(arguments=...)"
     what = "a batch of the data that score it"
-    inputs = inputs_of(batch, arguments).only(argument_names(model))
+    inputs = inputs_of(batch, arguments).accepted_by(model)
     return inputs.call_or_raise(model, ConfigError, what, advice)
 
 

@@ -61,6 +61,10 @@ class Inputs:
             return self
         return Inputs(self.args, {key: value for key, value in self.kwargs.items() if key in names})
 
+    def accepted_by(self, model: nn.Module) -> Inputs:
+        """Without keyword arguments that the forward does not name."""
+        return self.only(argument_names(model)) if self.kwargs else self
+
     def to(self, device: torch.device | str) -> Inputs:
         return Inputs(moved(self.args, device), None if self.kwargs is None else moved(self.kwargs, device))
 

@@ -68,8 +68,9 @@ class Origins:
         self._turned: dict[int, Rows] = {}
 
     def forget(self, key: int) -> None:
-        for known in (self._producers, self._copies, self._turned):
-            known.pop(key, None)  # type: ignore[attr-defined]
+        self._producers.pop(key, None)
+        self._copies.pop(key, None)
+        self._turned.pop(key, None)
 
     def note_producer(
         self, output: torch.Tensor, dim: int, weight: torch.Tensor, weight_dim: int, bias: torch.Tensor | None

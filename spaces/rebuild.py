@@ -23,8 +23,8 @@ from . import equivalents
 from .copying import copy_model
 from .errors import StorageError
 from .residual import Substitute
-from .sizes import NAMESPACES, fields_of, is_record, is_record_class, set_size
-from .surgery import KEPT_BLOCKS, kept_blocks, tensors_of
+from .sizes import NAMESPACES, field_path, fields_of, is_record, is_record_class, set_size
+from .surgery import KEPT_BLOCKS, kept_blocks, renumber, tensors_of
 from .trust import SCRIPT, is_trusted
 
 _CONFIG_CLASSES = {
@@ -153,11 +153,11 @@ def _take_out(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> Non
 
 def _shorten(container: nn.Module, kept: tuple[int, ...]) -> None:
     """Leave the blocks ``kept``, places in the dense model, in ``container``, which may have lost some before."""
-    blocks = list(container._modules.values())
-    by_place = dict(zip(kept_blocks(container) or range(len(blocks)), blocks, strict=True))
-    container._modules.clear()
-    container._modules.update({str(place): by_place[block] for place, block in enumerate(kept)})
-    vars(container)[KEPT_BLOCKS] = kept
+    places = kept_blocks(container) or range(len(container._modules))
+    for key, place in zip(list(container._modules), places, strict=True):
+        if place not in kept:
+            del container._modules[key]
+    renumber(container)
 
 
 def _refill_sizes(module: nn.Module, attribute: str, encoded: Any) -> None:
@@ -173,7 +173,7 @@ def _refill_sizes(module: nn.Module, attribute: str, encoded: Any) -> None:
     described = _described_fields(encoded) if sizes else {}
     for key, size in sizes.items():
         if type(described.get(key)) is int and described[key] != size:
-            set_size(module, f"{attribute}.{key}" if is_record(held) else f"{attribute}[{key}]", described[key])
+            set_size(module, field_path(attribute, held, key), described[key])
 
 
 def _described_fields(encoded: dict[str, Any]) -> dict[Any, Any]:

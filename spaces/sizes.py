@@ -84,16 +84,20 @@ class TracedInt(int):
         return made
 
     def __eq__(self, other: object) -> bool:
-        equal = int.__eq__(self, other)  # type: ignore[operator]
-        if equal is True and isinstance(other, TracedInt) and other.notes is self.notes:
-            for one, another in ((self, other), (other, self)):
-                if one.site is not None and another.dimension is not None:
-                    self.notes.equal.append((one.site, another.dimension))
+        equal = super().__eq__(other)
+        self._note_comparison(other, is_equal=equal is True)
         return equal
 
     def __ne__(self, other: object) -> bool:
-        equal = self == other
-        return equal if equal is NotImplemented else not equal  # type: ignore[comparison-overlap]
+        differs = super().__ne__(other)
+        self._note_comparison(other, is_equal=differs is False)
+        return differs
+
+    def _note_comparison(self, other: object, is_equal: bool) -> None:
+        if is_equal and isinstance(other, TracedInt) and other.notes is self.notes:
+            for one, another in ((self, other), (other, self)):
+                if one.site is not None and another.dimension is not None:
+                    self.notes.equal.append((one.site, another.dimension))
 
     __hash__ = int.__hash__
 
@@ -219,8 +223,7 @@ def _tracked(value: Any, site: Site, notes: SizeNotes) -> Any:
         return value
     copied = copy.copy(value)
     for key, size in sizes.items():
-        place = f"{attribute}.{key}" if is_record(value) else f"{attribute}[{key}]"
-        _set_field(copied, key, TracedInt.of(size, notes, (name, place)))
+        _set_field(copied, key, TracedInt.of(size, notes, (name, field_path(attribute, value, key))))
     return copied
 
 
@@ -246,6 +249,11 @@ def fields_of(value: Any) -> dict[str, Any]:
     if type(value) is dict:
         return value if len(value) <= _MOST_FIELDS and all(type(key) is str for key in value) else {}
     return vars(value) if is_record(value) else {}
+
+
+def field_path(attribute: str, held: Any, key: str) -> str:
+    """How the field ``key`` of what the attribute holds is written."""
+    return f"{attribute}.{key}" if is_record(held) else f"{attribute}[{key}]"
 
 
 def _set_field(held: Any, key: str, value: int) -> None:
@@ -299,21 +307,21 @@ def note_sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], notes: 
                 notes.calculated |= length.sites
 
 
-def sizes_in_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, notes: SizeNotes
-) -> Iterator[tuple[TracedInt, tuple[torch.Tensor, int]]]:
-    """Pairs of an integer and the ``(tensor, dimension)`` whose size it gave in a call of a shaping function."""
-    for length, place in lengths_in_call(name, args, kwargs, result):
+#: An integer, and the ``(tensor, dimension)`` whose size it gave.
+Given = tuple[Any, tuple[torch.Tensor, int]]
+
+
+def known_sizes(given: Sequence[Given], notes: SizeNotes) -> Iterator[tuple[TracedInt, tuple[torch.Tensor, int]]]:
+    """Of what :func:`lengths_in_call` has found, the integers of this forward that know where they come from."""
+    for length, place in given:
         if isinstance(length, TracedInt) and length.notes is notes:
             yield length, place
 
 
-def quotients_in_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, notes: SizeNotes
+def known_quotients(
+    given: Sequence[Given], notes: SizeNotes
 ) -> Iterator[tuple[Dimension, list[tuple[torch.Tensor, int]]]]:
-    """Dimensions whose size is that of two neighbours in the call together: ``q.view(b, n, heads, q.shape[-1] //
-    heads)``."""
-    given = list(lengths_in_call(name, args, kwargs, result))
+    """Dimensions whose size is that of two neighbours together: ``q.view(b, n, heads, q.shape[-1] // heads)``."""
     for (before, outer), (length, inner) in pairwise(given):
         if isinstance(length, TracedInt) and length.notes is notes and length.quotient is not None:
             dimension, divisor = length.quotient

@@ -375,10 +375,10 @@ def _take_out(modules: Mapping[str, nn.Module], structure: Structure, kept: Kept
             else:
                 del modules[parent]._modules[key]
         if gone and group.substitutes is None:
-            _renumber(modules[group.blocks[0].rpartition(".")[0]])
+            renumber(modules[group.blocks[0].rpartition(".")[0]])
 
 
-def _renumber(container: nn.Module) -> None:
+def renumber(container: nn.Module) -> None:
     """Containers count their modules; Hugging Face layers know their place for the cache of keys and values."""
     remaining = list(container._modules.items())
     if all(key.isdigit() for key, _ in remaining):

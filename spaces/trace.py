@@ -38,11 +38,12 @@ from .sizes import (
     Site,
     SizeNotes,
     TracedInt,
+    known_quotients,
+    known_sizes,
+    lengths_in_call,
     note_bounds,
     note_sizes,
     of_tensor,
-    quotients_in_call,
-    sizes_in_call,
     traced_in,
     traced_integers,
 )
@@ -400,11 +401,12 @@ class FunctionRecorder(TorchFunctionMode):
         if name == "__getitem__":
             note_bounds(args[1], notes)
         note_sizes(name, args, kwargs, notes)
-        for length, (tensor, dim) in sizes_in_call(name, args, kwargs, result, notes):
+        given = list(lengths_in_call(name, args, kwargs, result))
+        for length, (tensor, dim) in known_sizes(given, notes):
             if name in (*CREATING, *CREATING_LIKE):
                 self.recorder.label(tensor)[dim] = fresh(tensor.shape[dim])
             self._follow(length, self.recorder.label(tensor)[dim], name)
-        for dimension, places in quotients_in_call(name, args, kwargs, result, notes):
+        for dimension, places in known_quotients(given, notes):
             tie(dimension, multiply([self.recorder.label(tensor)[dim] for tensor, dim in places]), f"{name} by sizes")
         return result
 

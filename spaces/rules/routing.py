@@ -107,19 +107,19 @@ def _choose(call: Call, dimension: Dimension) -> None:
 
 
 def segment_reduce(call: Call) -> list[Label]:
-    source = list(call.label("data"))
-    axis = call["axis"] % len(source)
-    call.freeze(source[axis], "segments of it are reduced")
-    source[axis] = fixed(call.outputs[0].shape[axis], f"segments ({call.why})")
-    return [source]
+    return [_replaced(call, call.label("data"), call["axis"], "segments of it are reduced", "segments")]
 
 
 def index_select(call: Call) -> list[Label]:
-    source = list(call.label("self"))
-    dim = call["dim"] % len(source)
-    call.freeze(source[dim], "elements of it are looked up")
-    source[dim] = fixed(call.outputs[0].shape[dim], f"looked up ({call.why})")
-    return [source]
+    return [_replaced(call, call.label("self"), call["dim"], "elements of it are looked up", "looked up")]
+
+
+def _replaced(call: Call, source: Label, dim: int, why: str, what: str) -> Label:
+    """``source`` with another dimension in the place of ``dim``, which is frozen."""
+    label, dim = list(source), dim % len(source)
+    call.freeze(label[dim], why)
+    label[dim] = fixed(call.outputs[0].shape[dim], f"{what} ({call.why})")
+    return label
 
 
 def topk(call: Call) -> list[Label]:
